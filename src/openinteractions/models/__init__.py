@@ -1,0 +1,1 @@
+"""Models: the port, the catalog of IDs, and one adapter for each vendor's wire format."""

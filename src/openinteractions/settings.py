@@ -1,0 +1,306 @@
+"""All settings, as one tree, read once at the entry point; below it, values are arguments.
+
+Sources, strongest first: command-line options, environment (`OI_…`, nested names joined by two
+underscores), the TOML file (`--config`, `OI_CONFIG`, else `openinteractions.toml` in the working
+folder), the defaults here. `docs/settings.md` documents every field; a test holds the two together.
+"""
+
+import os
+import re
+import tomllib
+from datetime import timedelta
+from ipaddress import IPv4Network, IPv6Network
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+)
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from openinteractions.errors import SetupError
+
+DEFAULT_CONFIG = Path("openinteractions.toml")
+_VENDOR_KEYS = {
+    "gemini": ("GEMINI_API_KEY", "gemini", "https://generativelanguage.googleapis.com"),
+    "openai": ("OPENAI_API_KEY", "openai", "https://api.openai.com/v1"),
+    "anthropic": ("ANTHROPIC_API_KEY", "anthropic", "https://api.anthropic.com"),
+}
+
+_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def _duration(value: object) -> object:
+    """Read `90`, `"90"` or `"1.5h"` (ms, s, m, h, d) as a duration; a bare number is seconds."""
+    match = re.fullmatch(r"\s*([0-9.]+)\s*(ms|s|m|h|d)?\s*", value) if isinstance(value, str) else None
+    return float(match[1]) * _UNITS[match[2] or "s"] if match else value
+
+
+Duration = Annotated[timedelta, BeforeValidator(_duration)]
+
+ProviderKind = Literal["openai", "gemini", "anthropic", "local", "scripted"]
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ProviderSettings(_Group):
+    """One upstream, addressed as `<name>/<model>`."""
+
+    kind: ProviderKind
+    """Its wire format: `openai`, `gemini`, `anthropic`, `local`, or `scripted` (tests, demos)."""
+    base_url: str | None = None
+    """Root of its API; the vendor's public address if left out."""
+    api_key: SecretStr | None = None
+    """A literal, or `env:NAME` to read an environment variable."""
+    connect_timeout: Duration = timedelta(seconds=10)
+    """Time to reach the upstream."""
+    idle_timeout: Duration = timedelta(seconds=120)
+    """Longest silence inside an answer before it counts as broken off."""
+    headers: dict[str, SecretStr] = Field(default_factory=dict)
+    """Extra request headers."""
+
+    def key(self) -> str | None:
+        """The API key, with `env:NAME` looked up.
+
+        Raises:
+            SetupError: The named variable is not set.
+        """
+        if self.api_key is None:
+            return None
+        text = self.api_key.get_secret_value()
+        if not text.startswith("env:"):
+            return text
+        name = text.removeprefix("env:")
+        value = os.environ.get(name)  # noqa: TID251 - settings are the entry point
+        if not value:
+            raise SetupError(f"api_key = {text!r}: the environment variable {name} is not set")
+        return value
+
+
+class PriceSettings(_Group):
+    """US dollars per million tokens; overrides the packaged table."""
+
+    input: float = Field(ge=0)
+    cached_input: float | None = Field(default=None, ge=0)
+    output: float = Field(ge=0)
+
+
+class ModelSettings(_Group):
+    """Which model an ID means."""
+
+    default: str | None = None
+    """What `openinteractions demo` and examples use; the first provider's model if left out."""
+    aliases: dict[str, str] = Field(default_factory=dict)
+    """Requested ID → `provider/model`, so that an application runs on another model unchanged."""
+    fallbacks: dict[str, list[str]] = Field(default_factory=dict)
+    """`provider/model` → those to try, in order, while it stays down."""
+    prices: dict[str, PriceSettings] = Field(default_factory=dict)
+    """Model ID → price."""
+    attempts: int = Field(default=4, ge=1, le=20)
+    """Tries of one model for one turn before the next in the chain, the first included."""
+    max_retry_wait: Duration = timedelta(seconds=30)
+    """Longest single wait between tries, whatever `Retry-After` asks."""
+
+
+class AgentSettings(_Group):
+    """Built-in agents."""
+
+    model: str | None = None
+    """What built-in agents think with, unless a request says otherwise."""
+
+
+class NetworkSettings(_Group):
+    """Outbound requests made for users."""
+
+    allow: list[IPv4Network | IPv6Network] = Field(default_factory=list[IPv4Network | IPv6Network])
+    """Private ranges that the SSRF guard lets users' URLs reach."""
+
+
+class LimitSettings(_Group):
+    """What one server, request or run may take."""
+
+    max_body_bytes: int = Field(default=100 * 2**20, ge=1024)
+    """Largest request body, in bytes; a larger one is a 413."""
+    max_json_depth: int = Field(default=100, ge=8, le=200)
+    """Deepest nesting of a request body; deeper is a 400."""
+    body_timeout: Duration = timedelta(seconds=60)
+    """Longest silence of a client inside its request body."""
+    max_steps: int = Field(default=200, ge=1)
+    """Most steps that one interaction may generate."""
+    max_run_time: Duration = timedelta(hours=2)
+    """Longest one interaction may run."""
+    max_fetch_bytes: int = Field(default=50 * 2**20, ge=1024)
+    """Largest file fetched from a `uri` in the input, in bytes."""
+
+
+class WorkerSettings(_Group):
+    """Leases and concurrency."""
+
+    concurrency: int = Field(default=1000, ge=1)
+    """Runs at once in one worker process."""
+    heartbeat: Duration = timedelta(seconds=3)
+    """How often a process says that it lives."""
+    dead_after: Duration = timedelta(seconds=10)
+    """Silence after which its runs go to another worker."""
+    max_attempts: int = Field(default=5, ge=1)
+    """Deaths without progress after which a run is failed."""
+    flush_interval: Duration = timedelta(milliseconds=25)
+    """How long stream deltas are gathered before they are committed."""
+
+
+class LocalSettings(_Group):
+    """The built-in local model."""
+
+    model: str | None = None
+    """Which packaged model; by free memory if left out."""
+    gguf: Path | None = None
+    """An own GGUF file instead of a packaged model."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads; up to four of the machine's if left out."""
+    context_tokens: int = Field(default=8192, ge=512)
+    """Context window, shared by the parallel slots."""
+    parallel: int = Field(default=2, ge=1, le=16)
+    """Answers at once."""
+
+
+class LogSettings(_Group):
+    """Logs, on standard error."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "json", "text"] = "auto"
+    """`auto`: text on a terminal, else JSON."""
+    prompts: bool = False
+    """Log the text of prompts and answers. Off: no user text reaches the logs."""
+
+
+class Settings(BaseSettings):
+    """The whole tree."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="OI_",
+        env_nested_delimiter="__",
+        extra="forbid",
+        nested_model_default_partial_update=True,
+    )
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = Field(default=8080, ge=0, le=65535)
+    """Port to listen on; 0 picks a free one."""
+    public_url: str | None = None
+    """Base of URIs that the server hands out; the request's own address if left out."""
+    data_dir: Path | None = None
+    """Embedded database, model files, secrets; the user's data folder if left out."""
+    database_url: SecretStr | None = None
+    """`postgresql://…` of your own PostgreSQL 15 or later (also `DATABASE_URL`); left out: the
+    embedded one."""
+    database_pool: int = Field(default=20, ge=2)
+    """Most database connections of one process."""
+    bootstrap_api_key: SecretStr | None = None
+    """An API key to make sure of at start, for scripted set-ups."""
+    master_key: SecretStr | None = None
+    """Seals secrets at rest: 32 bytes, base64; left out: a file in the data folder."""
+    cors_origins: list[str] = Field(default_factory=lambda: ["*"])
+    """Web origins that may call the API."""
+    retention: Duration = timedelta(days=55)
+    """How long stored interactions are kept."""
+
+    providers: dict[str, ProviderSettings] = Field(default_factory=dict)
+    models: ModelSettings = Field(default_factory=ModelSettings)
+    agents: AgentSettings = Field(default_factory=AgentSettings)
+    network: NetworkSettings = Field(default_factory=NetworkSettings)
+    limits: LimitSettings = Field(default_factory=LimitSettings)
+    worker: WorkerSettings = Field(default_factory=WorkerSettings)
+    local: LocalSettings = Field(default_factory=LocalSettings)
+    log: LogSettings = Field(default_factory=LogSettings)
+
+    @field_validator("providers")
+    @classmethod
+    def _provider_names(cls, value: dict[str, ProviderSettings]) -> dict[str, ProviderSettings]:
+        for name in value:
+            if not name or "/" in name or name != name.strip():
+                raise ValueError(f"provider name {name!r}: no slash, no blanks")
+        return value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Order the sources: options and file arrive merged in `init_settings`, see `load`."""
+        del settings_cls, dotenv_settings, file_secret_settings
+        return env_settings, init_settings
+
+    def home(self) -> Path:
+        """The data folder, expanded; not created."""
+        if self.data_dir is not None:
+            return self.data_dir.expanduser().absolute()
+        root = os.environ.get("XDG_DATA_HOME")  # noqa: TID251 - settings are the entry point
+        base = Path(root) if root else Path.home() / ".local" / "share"
+        return base / "openinteractions"
+
+
+def load(config: Path | None = None, **options: Any) -> Settings:  # noqa: ANN401 - one per field
+    """Read the settings.
+
+    Args:
+        config: The TOML file; None means `OI_CONFIG`, else the default file if it exists.
+        options: Values from the command line; None ones are left out. They win over everything.
+
+    Raises:
+        SetupError: The file is missing or not TOML, or a value is wrong; the message names it.
+    """
+    env = os.environ  # noqa: TID251 - settings are the entry point
+    values = _read_toml(config or (Path(env["OI_CONFIG"]) if env.get("OI_CONFIG") else None))
+    if "database_url" not in values and env.get("DATABASE_URL"):
+        values["database_url"] = env["DATABASE_URL"]
+    try:
+        settings = Settings(**values)
+        chosen = {key: value for key, value in options.items() if value is not None}
+        if chosen:
+            settings = Settings.model_validate(settings.model_dump() | chosen)
+    except ValidationError as error:
+        raise SetupError(_explain(error)) from None
+    _add_vendor_keys(settings, env)
+    return settings
+
+
+def _read_toml(path: Path | None) -> dict[str, Any]:
+    if path is None and not DEFAULT_CONFIG.exists():
+        return {}
+    path = path or DEFAULT_CONFIG
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SetupError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SetupError(f"the configuration {path} is not valid TOML: {error}") from error
+
+
+def _explain(error: ValidationError) -> str:
+    lines = [
+        f"  {'.'.join(str(part) for part in item['loc']) or '(root)'}: {item['msg']}"
+        for item in error.errors(include_url=False, include_input=False)
+    ]
+    return "wrong settings:\n" + "\n".join(lines)
+
+
+def _add_vendor_keys(settings: Settings, env: Any) -> None:  # noqa: ANN401 - os.environ's type
+    """A vendor's own key variable configures that vendor, unless the name is taken."""
+    for kind, (variable, name, base_url) in _VENDOR_KEYS.items():
+        if env.get(variable) and name not in settings.providers:
+            settings.providers[name] = ProviderSettings.model_validate(
+                {"kind": kind, "base_url": base_url, "api_key": f"env:{variable}"}
+            )
