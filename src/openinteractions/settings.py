@@ -38,7 +38,9 @@ _UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 def _duration(value: object) -> object:
     """Read `90`, `"90"` or `"1.5h"` (ms, s, m, h, d) as a duration; a bare number is seconds."""
-    match = re.fullmatch(r"\s*([0-9.]+)\s*(ms|s|m|h|d)?\s*", value) if isinstance(value, str) else None
+    match = (
+        re.fullmatch(r"\s*([0-9.]+)\s*(ms|s|m|h|d)?\s*", value) if isinstance(value, str) else None
+    )
     return float(match[1]) * _UNITS[match[2] or "s"] if match else value
 
 

@@ -121,10 +121,12 @@ class Upstream:
                 if response.status != 200:  # noqa: PLR2004 - the one good status
                     raise await _refusal(response, explain)
                 yield _values(response)
-        except (aiohttp.ClientError, OSError, asyncio.IncompleteReadError) as error:
-            raise _broken(error) from error
         except TimeoutError as error:
             raise ModelUnavailable("The upstream did not answer in time.") from error
+        except aiohttp.ClientConnectorError as error:
+            raise ModelUnavailable("The upstream cannot be reached.") from error
+        except (aiohttp.ClientError, OSError, asyncio.IncompleteReadError) as error:
+            raise ModelUnavailable("The connection to the upstream broke.") from error
 
 
 async def _values(response: aiohttp.ClientResponse) -> AsyncGenerator[Any]:
@@ -144,14 +146,6 @@ def _json(payload: bytes) -> Any:  # noqa: ANN401 - whatever the upstream sent
         return orjson.loads(payload)
     except orjson.JSONDecodeError as error:
         raise ModelUnavailable("The upstream sent something that is not JSON.") from error
-
-
-def _broken(error: Exception) -> ModelUnavailable:
-    if isinstance(error, aiohttp.ClientConnectorError):
-        return ModelUnavailable("The upstream cannot be reached.")
-    if isinstance(error, TimeoutError):
-        return ModelUnavailable("The upstream did not answer in time.")
-    return ModelUnavailable("The connection to the upstream broke.")
 
 
 async def _refusal(
