@@ -1,1 +1,29 @@
-# placeholder, being written
+.DEFAULT_GOAL := help
+.PHONY: help setup serve demo test check bench lock
+ARGS ?=
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## Install everything into .venv; again costs nothing
+	@scripts/setup
+
+serve: setup ## Start the server on http://127.0.0.1:8080 (ARGS="--port 9000")
+	@.venv/bin/openinteractions serve $(ARGS)
+
+demo: setup ## Show it working, step by step
+	@.venv/bin/openinteractions demo $(ARGS)
+
+test: ## Run the checks and all tests (ARGS="-k name" picks some)
+	@scripts/test $(ARGS)
+
+check: ## Run the checks alone: format, lint, imports, types
+	@scripts/setup --dev
+	@scripts/check
+
+bench: ## Measure against the floor
+	@scripts/setup --dev
+	@.venv/bin/python -m benchmarks.run $(ARGS)
+
+lock: ## Renew the lock files from pyproject.toml (needs uv)
+	@scripts/lock

@@ -7,9 +7,10 @@ can go wrong on the way is mapped here, once, onto `ModelUnavailable` and `Model
 import asyncio
 import contextlib
 import email.utils
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager
-from datetime import timedelta
+import math
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import UTC, timedelta
 from typing import Any
 
 import aiohttp
@@ -25,10 +26,12 @@ _OVERFLOW_MARKS = (
     "maximum context length",
     "prompt is too long",
     "exceeds the maximum number of tokens",
+    "exceeds the available context size",
     "context window",
 )
 _MAX_ERROR_BYTES = 64 * 1024
 _MAX_EVENT_BYTES = 64 * 2**20
+_DRAIN_S = 0.2
 
 
 class SseDecoder:
@@ -39,29 +42,87 @@ class SseDecoder:
     """
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._line: list[bytes] = []
+        self._held = 0
         self._data: list[bytes] = []
-        self._first = True
+        self._at_start = True
+        self._after_cr = False
 
     def feed(self, chunk: bytes) -> Iterator[bytes]:
         """Take the next bytes; yield each payload that they complete."""
-        buffer = self._rest + chunk
-        if self._first and len(buffer) >= 3:  # noqa: PLR2004 - the length of a byte-order mark
-            buffer = buffer.removeprefix(b"\xef\xbb\xbf")
-            self._first = False
-        # A CR at the end may be half of a CRLF: keep it until the next byte is known.
-        held = b"\r" if buffer.endswith(b"\r") else b""
-        lines = (buffer[:-1] if held else buffer).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        *whole, rest = lines.split(b"\n")
-        self._rest = rest + held
-        if len(self._rest) > _MAX_EVENT_BYTES:
-            raise ModelUnavailable("The upstream sent an event that is too long.")
-        for line in whole:
+        if self._after_cr and chunk:
+            # The CR that ended the last chunk has ended its line: this LF belongs to it.
+            chunk = chunk.removeprefix(b"\n")
+            self._after_cr = False
+        if b"\r" in chunk:
+            self._after_cr = chunk.endswith(b"\r")
+            chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        first, *more = chunk.split(b"\n")
+        self._hold(first)
+        if not more:
+            return
+        # A line is joined once, at its end: media arrive as one line of many chunks.
+        lines = [b"".join(self._line), *more[:-1]]
+        self._line, self._held = [], 0
+        self._hold(more[-1])
+        if self._at_start:
+            lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
+            self._at_start = False
+        for line in lines:
             if line.startswith(b"data:"):
                 self._data.append(line[5:].removeprefix(b" "))
             elif not line and self._data:
                 yield b"\n".join(self._data)
                 self._data = []
+
+    def _hold(self, part: bytes) -> None:
+        if part:
+            self._line.append(part)
+            self._held += len(part)
+        if self._held > _MAX_EVENT_BYTES:
+            raise ModelUnavailable("The upstream sent an event that is too long.")
+
+
+class Answer(AsyncIterator[Any]):
+    """The JSON values of one answer, as they arrive."""
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self._response = response
+        self._values = self._read()
+        self.done = False
+        """Whether the `[DONE]` mark, or a whole plain JSON answer, has been seen."""
+
+    def __aiter__(self) -> AsyncIterator[Any]:  # noqa: PYI034 - `async for` is then a hop shorter
+        return self._values
+
+    async def __anext__(self) -> Any:  # noqa: ANN401 - whatever the upstream sent
+        return await anext(self._values)
+
+    async def close(self) -> None:
+        """End the reading; after `[DONE]`, take the end of the body, so that the pool keeps us."""
+        await self._values.aclose()
+        content = self._response.content
+        if self.done and not content.at_eof():
+            with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError):
+                async with asyncio.timeout(_DRAIN_S):
+                    while await content.readany():
+                        pass
+
+    async def _read(self) -> AsyncGenerator[Any]:
+        # What the consumer raises between two values never passes here: only reading is mapped.
+        with _mapped():
+            if not self._response.content_type.endswith("event-stream"):
+                value = _json(await self._response.read())
+                self.done = True
+                yield value
+                return
+            decoder = SseDecoder()
+            async for chunk in self._response.content.iter_any():
+                for payload in decoder.feed(chunk):
+                    if payload.strip() == b"[DONE]":
+                        self.done = True
+                        return
+                    yield _json(payload)
 
 
 class Upstream:
@@ -93,7 +154,7 @@ class Upstream:
         *,
         explain: Callable[[Any], str | None],
         headers: Mapping[str, str] | None = None,
-    ) -> AsyncGenerator[AsyncIterator[Any]]:
+    ) -> AsyncGenerator[Answer]:
         """Send a request and iterate over the JSON values of its answer.
 
         An event stream gives one value an event, until `[DONE]` or its end; a plain JSON answer
@@ -110,35 +171,35 @@ class Upstream:
             ContextOverflow: A 4xx that says the input is too long.
             ModelRejected: Any other 4xx.
         """
-        try:
-            async with self._session.post(
-                self._base_url + path,
-                data=body,
-                headers={**self._headers, **(headers or {})},
-                timeout=self._timeout,
-                allow_redirects=False,
-            ) as response:
+        async with AsyncExitStack() as stack:
+            with _mapped():
+                response = await stack.enter_async_context(
+                    self._session.post(
+                        self._base_url + path,
+                        data=body,
+                        headers={**self._headers, **(headers or {})},
+                        timeout=self._timeout,
+                        allow_redirects=False,
+                    )
+                )
                 if response.status != 200:  # noqa: PLR2004 - the one good status
                     raise await _refusal(response, explain)
-                yield _values(response)
-        except TimeoutError as error:
-            raise ModelUnavailable("The upstream did not answer in time.") from error
-        except aiohttp.ClientConnectorError as error:
-            raise ModelUnavailable("The upstream cannot be reached.") from error
-        except (aiohttp.ClientError, OSError, asyncio.IncompleteReadError) as error:
-            raise ModelUnavailable("The connection to the upstream broke.") from error
+            answer = Answer(response)
+            stack.push_async_callback(answer.close)
+            yield answer
 
 
-async def _values(response: aiohttp.ClientResponse) -> AsyncGenerator[Any]:
-    if not response.content_type.endswith("event-stream"):
-        yield _json(await response.read())
-        return
-    decoder = SseDecoder()
-    async for chunk in response.content.iter_any():
-        for payload in decoder.feed(chunk):
-            if payload.strip() == b"[DONE]":
-                return
-            yield _json(payload)
+@contextlib.contextmanager
+def _mapped() -> Generator[None]:
+    """Turn what goes wrong on the connection into `ModelUnavailable`."""
+    try:
+        yield
+    except TimeoutError as error:
+        raise ModelUnavailable("The upstream did not answer in time.") from error
+    except aiohttp.ClientConnectorError as error:
+        raise ModelUnavailable("The upstream cannot be reached.") from error
+    except (aiohttp.ClientError, OSError, asyncio.IncompleteReadError) as error:
+        raise ModelUnavailable("The connection to the upstream broke.") from error
 
 
 def _json(payload: bytes) -> Any:  # noqa: ANN401 - whatever the upstream sent
@@ -151,7 +212,11 @@ def _json(payload: bytes) -> Any:  # noqa: ANN401 - whatever the upstream sent
 async def _refusal(
     response: aiohttp.ClientResponse, explain: Callable[[Any], str | None]
 ) -> ModelError:
-    raw = await response.content.read(_MAX_ERROR_BYTES)
+    raw = b""
+    async for chunk in response.content.iter_any():
+        raw += chunk
+        if len(raw) > _MAX_ERROR_BYTES:
+            break
     message: str | None = None
     with contextlib.suppress(orjson.JSONDecodeError, TypeError, KeyError, AttributeError):
         message = explain(orjson.loads(raw))
@@ -172,17 +237,24 @@ def classify(text: str, *, status: int, retry_after_s: float | None = None) -> M
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
     """How long an answer asks to wait, in seconds: `retry-after-ms`, seconds or an HTTP date."""
-    with contextlib.suppress(KeyError, ValueError):
-        return max(0.0, float(headers["retry-after-ms"]) / 1000)
+    millis = _number(headers.get("retry-after-ms"))
+    if millis is not None:
+        return max(0.0, millis / 1000)
     text = headers.get("Retry-After")
-    if text is None:
-        return None
-    try:
-        return max(0.0, float(text))
-    except ValueError:
-        pass
+    seconds = _number(text)
+    if text is None or seconds is not None:
+        return None if seconds is None else max(0.0, seconds)
     try:
         moment = email.utils.parsedate_to_datetime(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
-    return max(0.0, (moment - clock.now()).total_seconds())
+    # "-0000" gives a naive date, which means UTC of unknown origin.
+    aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    return max(0.0, (aware - clock.now()).total_seconds())
+
+
+def _number(text: str | None) -> float | None:
+    with contextlib.suppress(ValueError):
+        number = float(text or "")
+        return number if math.isfinite(number) else None
+    return None

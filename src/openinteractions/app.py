@@ -1,0 +1,186 @@
+"""The FastAPI application: routers on every version, middleware, error rendering, docs."""
+
+import time
+from typing import Any
+
+import orjson
+import structlog
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.openapi.utils import get_openapi
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from openinteractions import __version__, ids
+from openinteractions.api import docs, errors
+from openinteractions.api.scope import Authenticator
+from openinteractions.errors import NotFound, Unready
+from openinteractions.process import Process
+from openinteractions.resources.files import routes as files
+from openinteractions.resources.interactions import routes as interactions
+from openinteractions.resources.interactions.service import Service
+from openinteractions.settings import Settings
+from openinteractions.wire.create import request_schemas
+
+_log = structlog.get_logger(__name__)
+
+VERSIONS = ("v1", "v1beta", "v1alpha")
+_EXPOSED = ["x-goog-upload-url", "x-goog-upload-status", "retry-after", "x-request-id"]
+_STILL_TO_COME = (
+    "agents",
+    "environments",
+    "triggers",
+    "webhooks",
+    "credentials",
+    "decisions",
+    "voices",
+)
+
+
+def create_app(settings: Settings, process: Process, authenticate: Authenticator) -> FastAPI:
+    """Build the application over an open process."""
+    app = FastAPI(
+        title="OpenInteractions",
+        version=__version__,
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.authenticate = authenticate
+    app.state.limits = settings.limits
+    app.state.database = process.database
+    app.state.process = process
+    app.state.interactions = Service(
+        database=process.database,
+        hub=process.hub,
+        tail=process.tail,
+        runner=process.executor,
+        retention=settings.retention,
+    )
+    errors.install(app)
+    for version in VERSIONS:
+        shown = version == "v1beta"
+        for router in (interactions.router, files.router, _later()):
+            app.include_router(router, prefix=f"/{version}", include_in_schema=shown)
+    app.include_router(_operations())
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=settings.cors_origins,
+        allow_methods=["*"],
+        allow_headers=["*"],
+        expose_headers=_EXPOSED,
+    )
+    app.add_middleware(_Envelope)
+    app.openapi = lambda: _openapi(app)
+    return app
+
+
+class _Envelope:
+    """Around every request: an id, a log line without user text, and a plain 500 for a bug."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = ids.uuid7().hex
+        structlog.contextvars.clear_contextvars()
+        structlog.contextvars.bind_contextvars(request_id=request_id)
+        began = time.perf_counter()
+        status = 0
+
+        async def tagged(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (b"x-request-id", request_id.encode()),
+                ]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, tagged)
+        except Exception as error:  # noqa: BLE001 - the request boundary
+            request = Request(scope)
+            answer = errors.crash(request, error)
+            if status == 0:
+                await answer(scope, receive, tagged)
+        finally:
+            route = scope.get("route")
+            _log.info(
+                "request",
+                method=scope["method"],
+                path=getattr(route, "path", scope["path"][:120]),
+                status=status,
+                ms=round((time.perf_counter() - began) * 1000, 1),
+            )
+
+
+def _later() -> APIRouter:
+    """Resources of the contract that this version does not have yet."""
+    router = APIRouter()
+
+    async def later(request: Request) -> Response:
+        name = request.url.path.split("/")[2]
+        raise NotFound(f"'/{name}' is not part of this version of the server yet.")
+
+    for name in _STILL_TO_COME:
+        router.add_api_route(f"/{name}", later, methods=["GET", "POST"], include_in_schema=False)
+        router.add_api_route(
+            f"/{name}/{{rest:path}}",
+            later,
+            methods=["GET", "POST", "PATCH", "PUT", "DELETE"],
+            include_in_schema=False,
+        )
+    return router
+
+
+def _operations() -> APIRouter:
+    router = APIRouter(tags=["operations"], include_in_schema=False)
+
+    @router.get("/healthz")
+    async def healthz() -> Response:
+        """The process runs."""
+        return Response(b'{"status":"ok"}', media_type="application/json")
+
+    @router.get("/readyz")
+    async def readyz(request: Request) -> Response:
+        """The process can serve: the database answers, and it is not stopping."""
+        if request.app.state.process.member.is_stopping:
+            raise Unready("The server is stopping.")
+        await request.app.state.database.ping()
+        return Response(b'{"status":"ready"}', media_type="application/json")
+
+    @router.get("/openapi.json")
+    async def openapi(request: Request) -> Response:
+        """The API's description."""
+        return Response(orjson.dumps(request.app.openapi()), media_type="application/json")
+
+    @router.get("/docs")
+    async def reference() -> Response:
+        """The API's description, for people. Everything it needs comes from this server."""
+        return Response(docs.page(), media_type="text/html")
+
+    return router
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    if app.openapi_schema is None:
+        schema = get_openapi(
+            title=app.title,
+            version=app.version,
+            summary="A self-hosted, vendor-neutral server for the Interactions API.",
+            routes=app.routes,
+        )
+        components = schema.setdefault("components", {})
+        components.setdefault("schemas", {}).update(request_schemas())
+        components["securitySchemes"] = {
+            "api_key": {"type": "apiKey", "in": "header", "name": "x-goog-api-key"},
+            "bearer": {"type": "http", "scheme": "bearer"},
+        }
+        schema["security"] = [{"api_key": []}, {"bearer": []}]
+        app.openapi_schema = schema
+    return app.openapi_schema

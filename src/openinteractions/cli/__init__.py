@@ -1,0 +1,1 @@
+"""The command line: operate a server, and talk to one like any user."""

@@ -1,0 +1,167 @@
+"""The `openinteractions` command."""
+
+import asyncio
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from openinteractions import __version__
+from openinteractions.errors import AppError
+from openinteractions.settings import Settings, load
+
+app = typer.Typer(
+    name="openinteractions",
+    help="A self-hosted, vendor-neutral server for the Interactions API.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+keys_app = typer.Typer(help="API keys.", no_args_is_help=True)
+models_app = typer.Typer(help="Local models.", no_args_is_help=True)
+app.add_typer(keys_app, name="keys")
+app.add_typer(models_app, name="models")
+
+Config = Annotated[Path | None, typer.Option(help="The TOML file with the settings.")]
+DataDir = Annotated[Path | None, typer.Option(help="Embedded database, models, secrets.")]
+
+
+def main() -> None:
+    """Run the command; what the operator can mend is one line and exit code 2."""
+    try:
+        app()
+    except AppError as error:
+        print(f"openinteractions: {error.message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _settings(config: Path | None, **options: Any) -> Settings:  # noqa: ANN401 - one per field
+    from openinteractions import telemetry  # noqa: PLC0415 - commands load what they need
+
+    settings = load(config, **options)
+    telemetry.configure(level=settings.log.level, form=settings.log.format)
+    return settings
+
+
+def _run(work: Coroutine[Any, Any, None]) -> None:
+    from openinteractions.cli.serve import loop_factory  # noqa: PLC0415 - as above
+
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        try:
+            runner.run(work)
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    *, version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def serve(
+    *,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 picks one.")] = None,
+    data_dir: DataDir = None,
+    config: Config = None,
+    auth: Annotated[
+        bool, typer.Option("--auth/--no-auth", help="Ask for API keys. Off: loopback only.")
+    ] = True,
+    worker: Annotated[
+        bool, typer.Option("--worker/--no-worker", help="Run a worker in the same process.")
+    ] = True,
+) -> None:
+    """Run the server: the API, a worker, and the embedded database unless DATABASE_URL is set."""
+    settings = _settings(config, host=host, port=port, data_dir=data_dir)
+    from openinteractions.cli import serve as command  # noqa: PLC0415 - as above
+
+    _run(command.serve(settings, auth=auth, worker=worker))
+
+
+@app.command()
+def worker(*, config: Config = None) -> None:
+    """Run a worker on the database of DATABASE_URL."""
+    settings = _settings(config)
+    from openinteractions.cli import serve as command  # noqa: PLC0415 - as above
+
+    _run(command.work(settings))
+
+
+@app.command()
+def migrate(
+    *,
+    data_dir: DataDir = None,
+    config: Config = None,
+    revision: Annotated[str, typer.Option(help="Where to; `base` empties the schema.")] = "head",
+) -> None:
+    """Bring the database's schema to this version's."""
+    settings = _settings(config, data_dir=data_dir)
+    from openinteractions.cli import admin  # noqa: PLC0415 - as above
+
+    _run(admin.migrate(settings, revision))
+
+
+@keys_app.command("create")
+def keys_create(
+    *,
+    name: Annotated[str, typer.Option(help="What it is for.")] = "key",
+    project: Annotated[str, typer.Option(help="Whose it is; made if new.")] = "default",
+    max_cost_per_day: Annotated[float | None, typer.Option(help="US dollars a day.")] = None,
+    max_tokens_per_day: Annotated[int | None, typer.Option(help="Tokens a day.")] = None,
+    data_dir: DataDir = None,
+    config: Config = None,
+) -> None:
+    """Make an API key and print it; it is shown this once."""
+    settings = _settings(config, data_dir=data_dir)
+    from openinteractions.cli import admin  # noqa: PLC0415 - as above
+
+    budget = admin.budget(max_cost_per_day, max_tokens_per_day)
+    _run(admin.create_key(settings, name=name, project=project, budget=budget))
+
+
+@keys_app.command("list")
+def keys_list(*, data_dir: DataDir = None, config: Config = None) -> None:
+    """List the keys, without their secrets."""
+    settings = _settings(config, data_dir=data_dir)
+    from openinteractions.cli import admin  # noqa: PLC0415 - as above
+
+    _run(admin.list_keys(settings))
+
+
+@keys_app.command("revoke")
+def keys_revoke(
+    prefix: Annotated[str, typer.Argument(help="How the key begins; `keys list` shows it.")],
+    *,
+    data_dir: DataDir = None,
+    config: Config = None,
+) -> None:
+    """Revoke a key; it stops working at once."""
+    settings = _settings(config, data_dir=data_dir)
+    from openinteractions.cli import admin  # noqa: PLC0415 - as above
+
+    _run(admin.revoke_key(settings, prefix))
+
+
+@keys_app.command("limit")
+def keys_limit(
+    project: Annotated[str, typer.Argument(help="The project.")] = "default",
+    *,
+    max_cost_per_day: Annotated[float | None, typer.Option(help="US dollars a day.")] = None,
+    max_tokens_per_day: Annotated[int | None, typer.Option(help="Tokens a day.")] = None,
+    data_dir: DataDir = None,
+    config: Config = None,
+) -> None:
+    """Set what a whole project may take in a day (UTC); without options, lift it."""
+    settings = _settings(config, data_dir=data_dir)
+    from openinteractions.cli import admin  # noqa: PLC0415 - as above
+
+    budget = admin.budget(max_cost_per_day, max_tokens_per_day)
+    _run(admin.limit_project(settings, project=project, budget=budget))

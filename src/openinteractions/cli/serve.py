@@ -1,0 +1,146 @@
+"""`serve` and `worker`: the long-running processes."""
+
+import asyncio
+import contextlib
+import ipaddress
+import signal
+import socket
+import sys
+
+import structlog
+import uvicorn
+
+from openinteractions.api.scope import Authenticator
+from openinteractions.app import create_app
+from openinteractions.cli import database as databases
+from openinteractions.db import migrate
+from openinteractions.db.engine import Database
+from openinteractions.errors import SetupError
+from openinteractions.process import opened
+from openinteractions.resources.keys import service as keys
+from openinteractions.resources.keys import store as key_store
+from openinteractions.settings import Settings
+
+_log = structlog.get_logger(__name__)
+
+_STOP_GRACE_S = 15
+
+
+async def serve(settings: Settings, *, auth: bool, worker: bool) -> None:
+    """Run the api, and unless told otherwise a worker in the same process, until SIGTERM.
+
+    Raises:
+        SetupError: The set-up is wrong; the message names the fix.
+    """
+    if not auth:
+        _require_loopback(settings.host)
+    listener = _listen(settings)
+    async with databases.opened(settings) as database:
+        await _prepare_schema(settings, database)
+        authenticate = await _authenticator(settings, database, auth=auth)
+        role = "all" if worker else "api"
+        async with contextlib.AsyncExitStack() as stack:
+            process = await stack.enter_async_context(opened(settings, database, role=role))
+            if isinstance(authenticate, keys.Keyring):
+                await stack.enter_async_context(authenticate.watching())
+            app = create_app(settings, process, authenticate)
+            server = uvicorn.Server(
+                uvicorn.Config(
+                    app,
+                    loop="none",
+                    http="httptools",
+                    ws="none",
+                    lifespan="off",
+                    log_config=None,
+                    access_log=False,
+                    server_header=False,
+                    timeout_keep_alive=75,
+                    timeout_graceful_shutdown=_STOP_GRACE_S,
+                    h11_max_incomplete_event_size=64 * 1024,
+                )
+            )
+            host, port = listener.getsockname()[:2]
+            _log.info("server.ready", url=_url(host, port), role=role)
+            await server.serve([listener])
+    _log.info("server.stopped")
+
+
+async def work(settings: Settings) -> None:
+    """Run a worker until SIGTERM.
+
+    Raises:
+        SetupError: There is no DATABASE_URL, or its schema is another version's.
+    """
+    if settings.database_url is None:
+        raise SetupError(
+            "a worker of its own needs DATABASE_URL: the embedded database belongs to `serve`, "
+            "which has a worker inside"
+        )
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with databases.opened(settings) as database:
+        await migrate.require_current(database)
+        async with opened(settings, database, role="worker"):
+            await stop.wait()
+    _log.info("worker.stopped")
+
+
+async def _prepare_schema(settings: Settings, database: Database) -> None:
+    if settings.database_url is None:
+        if not await migrate.is_current(database):
+            _log.info("database.migrating")
+            await migrate.upgrade(database)
+    else:
+        await migrate.require_current(database)
+
+
+async def _authenticator(settings: Settings, database: Database, *, auth: bool) -> Authenticator:
+    if not auth:
+        _log.warning("server.no_auth", note="everybody who can reach this port is let in")
+        return keys.OpenDoor(await key_store.ensure_project(database, keys.DEFAULT_PROJECT))
+    if settings.bootstrap_api_key is not None:
+        await keys.ensure(database, settings.bootstrap_api_key.get_secret_value(), name="bootstrap")
+    elif not await key_store.any_key(database):
+        key = await keys.create(database, name="first")
+        # On standard output, once, and never in a log.
+        print(f"API key (shown only now): {key}", flush=True)
+    return keys.Keyring(database)
+
+
+def _require_loopback(host: str) -> None:
+    with contextlib.suppress(ValueError):
+        if ipaddress.ip_address(host).is_loopback:
+            return
+    if host != "localhost":
+        raise SetupError(f"--no-auth is only possible on a loopback address, not on {host!r}")
+
+
+def _listen(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError as error:
+        listener.close()
+        raise SetupError(
+            f"cannot listen on {settings.host}:{settings.port}: {error.strerror}"
+        ) from error
+    listener.listen(2048)
+    listener.setblocking(False)
+    return listener
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def loop_factory() -> asyncio.AbstractEventLoop:
+    """uvloop, where it exists."""
+    if sys.platform == "win32":
+        return asyncio.new_event_loop()
+    import uvloop  # noqa: PLC0415 - not on every platform
+
+    return uvloop.new_event_loop()

@@ -1,0 +1,1 @@
+"""PostgreSQL: every table on one page, the engine, and the embedded server."""

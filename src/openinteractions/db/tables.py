@@ -1,0 +1,291 @@
+"""Every table, on one page.
+
+A conversation is a tree of *segments*. A turn (one interaction) is `(segment, depth)`; its steps
+are `(segment, depth, idx)`, so reading a conversation is a few index range scans and adding a turn
+costs the same at any depth. A fork opens a segment that points at its parent; nothing is copied.
+
+Payloads are JSON as bytes, spliced into answers unparsed; JSONB only for what is queried. There are
+no foreign keys between the hot tables (interactions, steps, events, jobs): each is written by one
+statement that also writes its parent, and a key check on every step would cost more than the row.
+Times are the database's clock.
+"""
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    Date,
+    DateTime,
+    ForeignKey,
+    Identity,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    SmallInteger,
+    Table,
+    Text,
+    UniqueConstraint,
+    Uuid,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+_NOW = func.now()
+
+
+def _moment(name: str, *, default: bool = False) -> Column[object]:
+    return Column(
+        name,
+        DateTime(timezone=True),
+        nullable=not default,
+        server_default=_NOW if default else None,
+    )
+
+
+projects = Table(
+    "projects",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("name", Text, nullable=False, unique=True),
+    _moment("created_at", default=True),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("project_id", Uuid, ForeignKey("projects.id"), nullable=False),
+    Column("name", Text, nullable=False),
+    # SHA-256 of a key with 256 random bits: nothing to guess, so no slow hash is needed.
+    Column("hash", LargeBinary, nullable=False, unique=True),
+    Column("prefix", Text, nullable=False),
+    _moment("created_at", default=True),
+    _moment("revoked_at"),
+    Index(None, "project_id"),
+)
+
+segments = Table(
+    "segments",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("project_id", Uuid, nullable=False),
+    Column("parent_id", Uuid),
+    Column("parent_depth", Integer),
+    # Last step of the parent turn that belongs to this line (inclusive); null: the whole turn.
+    Column("parent_idx", SmallInteger),
+    # Serves: which segments hang on this one (delete, expiry).
+    Index(None, "parent_id", postgresql_where=text("parent_id is not null")),
+)
+
+interactions = Table(
+    "interactions",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("project_id", Uuid, nullable=False),
+    Column("key_id", Uuid),
+    Column("segment_id", Uuid, nullable=False),
+    Column("depth", Integer, nullable=False),
+    Column("previous_id", Uuid),
+    Column("parent_run_id", Uuid),
+    Column("status", Text, nullable=False),
+    Column("model", Text),
+    Column("agent", Text),
+    Column("background", Boolean, nullable=False, server_default=text("false")),
+    # Its deltas are in `events`; else its stream is read from its steps.
+    Column("logged", Boolean, nullable=False, server_default=text("false")),
+    Column("input_form", Text, nullable=False, server_default="steps"),
+    Column("input_count", SmallInteger, nullable=False, server_default=text("0")),
+    Column("labels", JSONB),
+    Column("environment_id", Uuid),
+    # What a response echoes of the request, as a JSON object; null once deleted.
+    Column("echo", LargeBinary),
+    # The resolved run spec, frozen at create (alias, tools, limits); null once deleted.
+    Column("spec", LargeBinary),
+    # What a run knows beyond its steps; written with every step commit.
+    Column("run_state", LargeBinary),
+    # Secrets of the request, encrypted; never read by a route.
+    Column("sealed", LargeBinary),
+    Column("webhook", LargeBinary),
+    Column("usage", LargeBinary),
+    Column("errors", LargeBinary),
+    Column("warnings", LargeBinary),
+    Column("idempotency_key", Text),
+    Column("request_hash", LargeBinary),
+    # The epoch that wrote the last state: tells an owner whose answer was lost what happened.
+    Column("epoch", Integer, nullable=False, server_default=text("1")),
+    _moment("created_at", default=True),
+    _moment("updated_at", default=True),
+    _moment("expires_at"),
+    _moment("deleted_at"),
+    UniqueConstraint("segment_id", "depth"),
+    # Serves: GET /interactions, newest first, in keyset pages.
+    Index(None, "project_id", text("id desc"), postgresql_where=text("deleted_at is null")),
+    # Serves: expiry.
+    Index(None, "expires_at", postgresql_where=text("deleted_at is null")),
+    # Holds: one interaction for each Idempotency-Key of a project.
+    Index(
+        "uq_interactions_idempotency",
+        "project_id",
+        "idempotency_key",
+        unique=True,
+        postgresql_where=text("idempotency_key is not null"),
+    ),
+    postgresql_with={"fillfactor": "80"},
+)
+
+steps = Table(
+    "steps",
+    metadata,
+    Column("segment_id", Uuid, primary_key=True),
+    Column("depth", Integer, primary_key=True),
+    Column("idx", SmallInteger, primary_key=True),
+    Column("project_id", Uuid, nullable=False),
+    Column("type", Text, nullable=False),
+    # Content blocks whose `data` lies in `blobs` have `blob` (its SHA-256) in its place.
+    Column("media", Boolean, nullable=False, server_default=text("false")),
+    Column("data", LargeBinary, nullable=False),
+)
+
+events = Table(
+    "events",
+    metadata,
+    # The interaction's created_at: the partition key, by the database's clock.
+    Column("born", DateTime(timezone=True), primary_key=True),
+    Column("interaction_id", Uuid, primary_key=True),
+    # epoch * 2^20 + number of the row's first event.
+    Column("seq", BigInteger, primary_key=True),
+    Column("project_id", Uuid, nullable=False),
+    # One flush: events joined by line feeds, see openinteractions.events.types.
+    Column("data", LargeBinary, nullable=False),
+    postgresql_partition_by="RANGE (born)",
+)
+
+workers = Table(
+    "workers",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("host", Text, nullable=False),
+    Column("pid", Integer, nullable=False),
+    Column("role", Text, nullable=False),
+    _moment("started_at", default=True),
+    _moment("seen", default=True),
+)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    # A run's job has its interaction's id.
+    Column("id", Uuid, primary_key=True),
+    Column("project_id", Uuid, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("args", JSONB, nullable=False, server_default=text("'{}'")),
+    Column("priority", SmallInteger, nullable=False, server_default=text("0")),
+    # At most one job with the same key runs at a time.
+    Column("key", Text),
+    Column("provider", Text),
+    # 0 queued, 1 running; a job that ended is deleted, one that failed for good is 3.
+    Column("state", SmallInteger, nullable=False, server_default=text("0")),
+    _moment("run_at", default=True),
+    Column("attempt", Integer, nullable=False, server_default=text("0")),
+    Column("max_attempts", Integer, nullable=False, server_default=text("5")),
+    # The fencing token: +1 at each claim. Who writes with an older one writes nothing.
+    Column("epoch", Integer, nullable=False, server_default=text("0")),
+    Column("worker_id", BigInteger),
+    Column("cancel_requested", Boolean, nullable=False, server_default=text("false")),
+    Column("last_error", Text),
+    _moment("created_at", default=True),
+    CheckConstraint("state in (0, 1, 3)", name="state"),
+    CheckConstraint("(state = 1) = (worker_id is not null)", name="owner"),
+    # Serves: claim.
+    Index(
+        "ix_jobs_ready", text("priority desc"), "run_at", "id", postgresql_where=text("state = 0")
+    ),
+    # Serves: is there an older sibling of this key.
+    Index(
+        "ix_jobs_key",
+        "key",
+        text("priority desc"),
+        "id",
+        postgresql_where=text("state = 0 and key is not null"),
+    ),
+    # Serves: heartbeat and sweep.
+    Index("ix_jobs_worker", "worker_id", postgresql_where=text("state = 1")),
+    # Holds: one running job a key, whatever the code does.
+    Index(
+        "uq_jobs_running_key",
+        "key",
+        unique=True,
+        postgresql_where=text("state = 1 and key is not null"),
+    ),
+    postgresql_with={
+        "fillfactor": "70",
+        "autovacuum_vacuum_scale_factor": "0.02",
+        "autovacuum_vacuum_cost_delay": "0",
+    },
+)
+
+spend = Table(
+    "spend",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("project_id", Uuid, nullable=False),
+    Column("key_id", Uuid),
+    # Null for store=false.
+    Column("interaction_id", Uuid),
+    Column("model", Text, nullable=False),
+    Column("input_tokens", BigInteger, nullable=False),
+    Column("cached_tokens", BigInteger, nullable=False),
+    Column("output_tokens", BigInteger, nullable=False),
+    # Billionths of a US dollar; null where no price is known.
+    Column("cost_nanousd", BigInteger),
+    _moment("created_at", default=True),
+    Index(None, "project_id", "created_at"),
+)
+
+budgets = Table(
+    "budgets",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("project_id", Uuid, ForeignKey("projects.id"), nullable=False),
+    # Null: the whole project's.
+    Column("key_id", Uuid, ForeignKey("api_keys.id")),
+    Column("max_nanousd", BigInteger),
+    Column("max_tokens", BigInteger),
+    # The day (UTC) that the counters below belong to; an older one counts as zero.
+    Column("day", Date, nullable=False, server_default=text("'-infinity'")),
+    Column("used_nanousd", BigInteger, nullable=False, server_default=text("0")),
+    Column("used_tokens", BigInteger, nullable=False, server_default=text("0")),
+    UniqueConstraint("project_id", "key_id", postgresql_nulls_not_distinct=True),
+)
+
+blobs = Table(
+    "blobs",
+    metadata,
+    Column("project_id", Uuid, primary_key=True),
+    Column("sha256", LargeBinary, primary_key=True),
+    Column("mime_type", Text, nullable=False),
+    Column("data", LargeBinary, nullable=False),
+    _moment("created_at", default=True),
+)
+
+blob_uses = Table(
+    "blob_uses",
+    metadata,
+    Column("project_id", Uuid, primary_key=True),
+    Column("sha256", LargeBinary, primary_key=True),
+    Column("segment_id", Uuid, primary_key=True),
+    Column("depth", Integer, primary_key=True),
+)

@@ -1,0 +1,92 @@
+"""What the loop needs from outside."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Protocol
+
+from openinteractions.loop.spec import RunState
+from openinteractions.loop.turn import Show
+from openinteractions.models.catalog import Target
+from openinteractions.models.port import Json
+
+
+class Models(Protocol):
+    """The configured models."""
+
+    def open(self, target: str) -> Target:
+        """Find a model by its `provider/model`.
+
+        Raises:
+            NotFound: No such provider is configured any more.
+        """
+        ...
+
+
+class History(Protocol):
+    """The interactions before this one, oldest first."""
+
+    async def messages(self, target: Target) -> Sequence[bytes]:
+        """As this model's messages.
+
+        Raises:
+            Invalid: Something in it cannot be shown to this model.
+        """
+        ...
+
+    async def own(self, steps: Sequence[Json], target: Target) -> list[bytes]:
+        """The running interaction's steps as this model's messages; raises like `messages`."""
+        ...
+
+
+class Journal(Protocol):
+    """Where a run's progress is written, under its lease."""
+
+    @property
+    def show(self) -> Show | None:
+        """Takes events for the stream's readers; None where nobody can be watching."""
+        ...
+
+    async def commit(self, steps: Sequence[Json], state: RunState) -> None:
+        """Make steps durable, after every event that was shown before.
+
+        Raises:
+            LeaseLost: Another worker owns the run; nothing was written.
+        """
+        ...
+
+
+class Purse(Protocol):
+    """The day's budgets of the key and the project that pay for a run."""
+
+    async def reserve(self, *, tokens: int, nanousd: int) -> None:
+        """Set the worst case of one call aside.
+
+        Raises:
+            BudgetSpent: It does not fit; nothing was set aside.
+        """
+        ...
+
+    async def settle(self, *, tokens: int, nanousd: int) -> None:
+        """Replace what was set aside by what the call took."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long to go on asking a model that fails."""
+
+    attempts: int
+    max_wait: timedelta
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ports:
+    """Everything that one run is connected to."""
+
+    models: Models
+    history: History
+    journal: Journal
+    purse: Purse | None
+    """None where no budget is set for the key or project."""
+    patience: Patience

@@ -1,0 +1,374 @@
+"""The loop itself: ask the model until nothing is left to do.
+
+What to do next follows from the committed steps alone, so any worker can take a run over by
+reading them. There is no second journal.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import structlog
+
+from openinteractions.errors import Invalid, ModelError, ModelRejected, ModelUnavailable, NotFound
+from openinteractions.loop.context import NOTE, resumption_note
+from openinteractions.loop.limits import (
+    BudgetSpent,
+    cost_nanousd,
+    estimate_tokens,
+    room_for_output,
+    spent_tokens,
+)
+from openinteractions.loop.ports import Ports
+from openinteractions.loop.spec import RunSpec, RunState
+from openinteractions.loop.structured import arguments_mismatch, text_mismatch
+from openinteractions.loop.turn import RPC_UNAVAILABLE, Turn
+from openinteractions.models.catalog import Target
+from openinteractions.models.port import Json, ModelCall, ToolCall, Warning  # noqa: A004 - the contract's word
+from openinteractions.wire.usage import add_usage
+
+_log = structlog.get_logger(__name__)
+
+_MAX_REPAIRS = 2
+_FIRST_WAIT_S = 0.5
+_RPC_INVALID = 3
+_MALFORMED_CHARS = 200
+_OTHER_MODEL_MAY_HELP = frozenset({401, 403, 404})
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How a run ended."""
+
+    status: str
+    errors: list[Json] = field(default_factory=list[Json])
+    warnings: list[Warning] = field(default_factory=list[Warning])
+
+
+class Failed(Exception):
+    """The run cannot go on."""
+
+    def __init__(self, status: str, code: str, message: str) -> None:
+        super().__init__(message)
+        self.outcome = Outcome(status, [{"code": code, "message": message}])
+
+
+class Run:
+    """One interaction, driven from wherever its committed steps stand."""
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        state: RunState,
+        *,
+        inputs: Sequence[Json],
+        generated: Sequence[Json],
+        ports: Ports,
+    ) -> None:
+        self.spec = spec
+        self.state = state
+        self.generated: list[Json] = list(generated)
+        """Every step that this interaction has generated, committed or not."""
+        self.uncommitted: list[Json] = []
+        """Those at its end that the finish has to write."""
+        self._inputs = list(inputs)
+        self._ports = ports
+        self._turn: Turn | None = None
+        self._feedback: list[Json] = []
+        self._clamped = False
+        self._began = time.monotonic()
+        self._earlier_s = state.seconds
+
+    async def drive(self) -> Outcome:
+        """Run to the end. Cancelling leaves what was begun for `interrupt`."""
+        try:
+            while True:
+                turn = await self._ask()
+                outcome = await self._judge(turn)
+                if outcome is not None:
+                    return outcome
+        except Failed as end:
+            return end.outcome
+        except BudgetSpent as spent:
+            return Outcome("budget_exceeded", [{"code": spent.code, "message": spent.message}])
+        finally:
+            self.state.seconds = self._earlier_s + time.monotonic() - self._began
+
+    def interrupt(self, message: str, *, code: int = 1) -> None:
+        """Close the turn that was under way; what it has shown stays, marked as broken."""
+        turn, self._turn = self._turn, None
+        if turn is not None:
+            self._keep(turn.break_off(code, message))
+
+    # ---- asking
+
+    async def _ask(self) -> Turn:
+        """One whole turn of the model, or of the next in the chain while it stays down."""
+        failures: list[str] = []
+        chain = self.spec.chain
+        while self.state.fallback < len(chain):
+            name = chain[self.state.fallback]
+            try:
+                target = self._ports.models.open(name)
+                return await self._ask_patiently(target, failures)
+            except (ModelError, NotFound, Invalid) as error:
+                failures.append(f"{name}: {error.message}")
+                if self._is_final(error):
+                    break
+            self.state.fallback += 1
+        raise Failed("failed", "model_error", " · ".join(dict.fromkeys(failures)))
+
+    def _is_final(self, error: Exception) -> bool:
+        if isinstance(error, ModelRejected):
+            return error.upstream_status not in _OTHER_MODEL_MAY_HELP
+        return False
+
+    async def _ask_patiently(self, target: Target, failures: list[str]) -> Turn:
+        attempt = 0
+        while True:
+            attempt += 1
+            turn = Turn(
+                self._ports.journal.show,
+                first_index=len(self.generated),
+                provider=target.provider,
+                model=target.model,
+            )
+            try:
+                await self._stream(target, turn)
+            except ModelUnavailable as error:
+                await self._broke_off(turn, error)
+                _log.warning(
+                    "model.unavailable",
+                    model=target.id,
+                    attempt=attempt,
+                    status=error.upstream_status,
+                    reason=error.message if error.upstream_status is None else None,
+                )
+                if attempt >= self._ports.patience.attempts:
+                    raise
+                failures.append(f"{target.id}: {error.message}")
+                await asyncio.sleep(self._wait(attempt, error.retry_after_s))
+            except ModelError:
+                await self._broke_off(turn, None)
+                raise
+            else:
+                return turn
+
+    def _wait(self, attempt: int, asked: float | None) -> float:
+        longest = self._ports.patience.max_wait.total_seconds()
+        backoff = _FIRST_WAIT_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
+        return min(longest, max(backoff, asked or 0.0))
+
+    async def _stream(self, target: Target, turn: Turn) -> None:
+        call, worst = await self._call(target)
+        if self._ports.purse is not None:
+            await self._ports.purse.reserve(**worst)
+        self._turn = turn
+        usage: Json = {}
+        try:
+            async with target.adapter.stream(call) as events:
+                async for event in events:
+                    turn.add(event)
+            if turn.finished is None:
+                raise ModelUnavailable("The upstream's answer ended early.")
+            usage = turn.finished.usage
+        finally:
+            await self._account(target, usage)
+        self._turn = None
+
+    async def _call(self, target: Target) -> tuple[ModelCall, dict[str, int]]:
+        messages = [
+            *await self._ports.history.messages(target),
+            *await self._ports.history.own(
+                [*self._inputs, *self.generated, *self._repair(), *self._feedback], target
+            ),
+        ]
+        generation = dict(self.spec.generation)
+        tokens = estimate_tokens(messages, self.spec.system) if self._is_limited else 0
+        room = room_for_output(
+            self.spec.limits, self.state, input_tokens=tokens, price=target.price
+        )
+        asked = generation.get("max_output_tokens")
+        self._clamped = room is not None and (asked is None or room < asked)
+        if self._clamped:
+            generation["max_output_tokens"] = room
+        call = call_for(self.spec, target, messages, generation)
+        output = int(generation.get("max_output_tokens") or 0)
+        price = target.price
+        worst = round(tokens * price.input + output * price.output) if price else 0
+        return call, {"tokens": tokens + output, "nanousd": worst}
+
+    @property
+    def _is_limited(self) -> bool:
+        limits = self.spec.limits
+        return (
+            self._ports.purse is not None
+            or limits.max_total_tokens is not None
+            or limits.max_cost_nanousd is not None
+        )
+
+    async def _account(self, target: Target, usage: Json) -> None:
+        cost = cost_nanousd(usage, target.price) if usage else 0
+        self.state.usage = add_usage(self.state.usage, usage)
+        if cost is None or self.state.cost_nanousd is None:
+            self.state.cost_nanousd = None
+        else:
+            self.state.cost_nanousd += cost
+        if self._ports.purse is not None:
+            await self._ports.purse.settle(tokens=spent_tokens(usage), nanousd=cost or 0)
+
+    async def _broke_off(self, turn: Turn, error: ModelUnavailable | None) -> None:
+        """Invariant 3: what was shown stays, closed and marked; the answer starts anew."""
+        self._turn = None
+        if not turn.has_shown:
+            return
+        message = error.message if error is not None else "The model refused to go on."
+        steps = turn.break_off(RPC_UNAVAILABLE, message)
+        note = resumption_note(
+            kind="resumed",
+            text="The answer was interrupted; it starts again below.",
+            discards=len(steps),
+        )
+        turn.add_whole(note)
+        await self._commit(turn.steps)
+
+    # ---- judging
+
+    async def _judge(self, turn: Turn) -> Outcome | None:
+        """What a whole turn means: an outcome, or None to ask again."""
+        finished = turn.finished
+        assert finished is not None
+        if turn.calls:
+            return await self._judge_calls(turn)
+        if finished.reason == "max_tokens":
+            self._keep(turn.steps)
+            if self._clamped:
+                message = "The answer reached the room that the run's limits left."
+                raise Failed("budget_exceeded", "budget_exceeded", message)
+            return Outcome("incomplete")
+        if finished.reason == "content_filter":
+            self._keep(turn.steps)
+            status = "incomplete" if turn.steps else "failed"
+            message = finished.message or "The model's vendor filtered the content."
+            raise Failed(status, "content_filter", message)
+        schema = self.spec.json_schema
+        problem = text_mismatch(turn.text(), schema) if schema is not None else None
+        if problem is None:
+            self._keep(turn.steps)
+            return Outcome("completed")
+        return await self._repair_answer(turn, problem)
+
+    async def _judge_calls(self, turn: Turn) -> Outcome | None:
+        functions = {t["name"]: t for t in self.spec.tools if t["type"] == "function"}
+        problems = [_problem(call, functions) for call in turn.calls]
+        if any(problems) and self.state.repairs < _MAX_REPAIRS:
+            self._ask_for_better_calls(turn, problems)
+            return None
+        hopeless = next(
+            (c for c in turn.calls if c.malformed is not None or c.name not in functions), None
+        )
+        if hopeless is not None:
+            self._keep(turn.steps)
+            what = "a function that does not exist"
+            if hopeless.malformed is not None:
+                what = "arguments that are not a JSON object"
+            message = f"The model called {hopeless.name!r}: {what}."
+            raise Failed("failed", "invalid_tool_call", message)
+        turn.reveal_calls()
+        self._keep(turn.steps)
+        warnings = [
+            Warning("arguments_mismatch", f"steps.{call.name}.arguments", problem)
+            for call, problem in zip(turn.calls, problems, strict=True)
+            if problem is not None
+        ]
+        return Outcome("requires_action", warnings=warnings)
+
+    def _ask_for_better_calls(self, turn: Turn, problems: Sequence[str | None]) -> None:
+        """Tell the model what is wrong with its calls. No reader has seen them."""
+        self.state.repairs += 1
+        self._keep(turn.steps)
+        calls = turn.call_steps()
+        self._feedback += calls
+        for call, problem in zip(calls, problems, strict=True):
+            text = "Not executed, since another call beside it was wrong. Repeat it."
+            if problem is not None:
+                text = f"Not executed: {problem}. Call it again, correctly."
+            self._feedback.append(
+                {
+                    "type": "function_result",
+                    "call_id": call["id"],
+                    "name": call["name"],
+                    "result": text,
+                    "is_error": True,
+                }
+            )
+
+    async def _repair_answer(self, turn: Turn, problem: str) -> None:
+        if self.state.repairs >= _MAX_REPAIRS:
+            self._keep(turn.steps)
+            message = f"The answer does not obey response_format: {problem}"
+            raise Failed("failed", "schema_mismatch", message)
+        self.state.repairs += 1
+        for step in turn.steps:
+            if step["type"] == "model_output":
+                step["error"] = {"code": _RPC_INVALID, "message": problem}
+        count = len(turn.steps)
+        turn.add_whole(
+            resumption_note(
+                kind="repair",
+                text="The answer did not obey its schema; it is asked for again.",
+                discards=count,
+            )
+        )
+        await self._commit(turn.steps)
+
+    def _repair(self) -> list[Json]:
+        """What the model is told after an answer that broke its schema."""
+        if not self.generated:
+            return []
+        note = self.generated[-1].get(NOTE)
+        if not isinstance(note, dict) or note.get("kind") != "repair":  # pyright: ignore[reportUnknownMemberType]
+            return []
+        bad = [s for s in self.generated[:-1] if s["type"] == "model_output" and s.get("error")]
+        problem = bad[-1]["error"]["message"]
+        answer = {key: value for key, value in bad[-1].items() if key != "error"}
+        ask = f"That answer does not obey the schema: {problem}. Answer again with only the JSON."
+        return [answer, {"type": "user_input", "content": [{"type": "text", "text": ask}]}]
+
+    # ---- keeping
+
+    def _keep(self, steps: Sequence[Json]) -> None:
+        self.generated += steps
+        self.uncommitted += steps
+
+    async def _commit(self, steps: Sequence[Json]) -> None:
+        self._keep(steps)
+        fresh, self.uncommitted = self.uncommitted, []
+        await self._ports.journal.commit(fresh, self.state)
+
+
+def _problem(call: ToolCall, functions: Mapping[str, Json]) -> str | None:
+    if call.malformed is not None:
+        return f"the arguments are not a JSON object: {call.malformed[:_MALFORMED_CHARS]}"
+    return arguments_mismatch(call.arguments, functions.get(call.name))
+
+
+def call_for(
+    spec: RunSpec, target: Target, messages: Sequence[bytes], generation: Json
+) -> ModelCall:
+    """The call that a spec makes of a model."""
+    return ModelCall(
+        model=target.model,
+        messages=messages,
+        system=spec.system,
+        tools=spec.tools,
+        tool_choice=spec.tool_choice,
+        generation=generation,
+        json_schema=spec.json_schema,
+        response_formats=spec.response_formats,
+        modalities=spec.modalities,
+        safety_settings=spec.safety_settings,
+        service_tier=spec.service_tier,
+    )

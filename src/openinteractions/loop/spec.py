@@ -1,0 +1,72 @@
+"""What a run is told (frozen at create) and what it remembers beyond its steps (ruling R17)."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import orjson
+
+from openinteractions.models.port import Json
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one run may take. None: no limit of its own."""
+
+    max_total_tokens: int | None = None
+    max_cost_nanousd: int | None = None
+    max_steps: int | None = None
+    max_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSpec:
+    """A request, resolved: aliases, defaults and limits decided."""
+
+    chain: list[str]
+    """`provider/model` to ask, then those that take over while it stays down."""
+    system: str | None = None
+    tools: list[Json] = field(default_factory=list[Json])
+    tool_choice: str | Json | None = None
+    generation: Json = field(default_factory=dict[str, Any])
+    json_schema: Json | None = None
+    response_formats: list[Json] = field(default_factory=list[Json])
+    modalities: list[str] = field(default_factory=list[str])
+    safety_settings: list[Json] = field(default_factory=list[Json])
+    service_tier: str | None = None
+    limits: Limits = field(default_factory=Limits)
+
+    def dump(self) -> bytes:
+        """As JSON, for the interaction's row."""
+        return orjson.dumps(self)
+
+    @classmethod
+    def load(cls, data: bytes) -> "RunSpec":
+        """Read it back from the interaction's row."""
+        values: dict[str, Any] = orjson.loads(data)
+        return cls(**(values | {"limits": Limits(**values["limits"])}))
+
+
+@dataclass(slots=True, kw_only=True)
+class RunState:
+    """What the steps do not tell. Written in every step commit."""
+
+    fallback: int = 0
+    """Position in the spec's chain."""
+    repairs: int = 0
+    """Answers that broke their schema and were asked for again."""
+    seconds: float = 0.0
+    """Time that earlier owners of this run have spent on it."""
+    cost_nanousd: int | None = 0
+    """None once a call was made whose price is unknown."""
+    usage: Json = field(default_factory=dict[str, Any])
+
+    def dump(self) -> bytes:
+        """As JSON, for the interaction's row."""
+        return orjson.dumps(asdict(self))
+
+    @classmethod
+    def load(cls, data: bytes | None) -> "RunState":
+        """Read it back; None gives a fresh one."""
+        values: Mapping[str, Any] = orjson.loads(data) if data else {}
+        return cls(**values)

@@ -1,0 +1,249 @@
+"""One model turn as it grows: events from the model become steps, and what a stream shows.
+
+Tool calls are held back until the turn is whole (ruling R18), so that a turn which breaks off has
+never shown a call. Citations are held back to the end of their text block, so that a stream read
+back from the steps shows everything in the same order.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import orjson
+
+from openinteractions import ids
+from openinteractions.events.types import STOP, Event, Position
+from openinteractions.loop.context import seal_signature
+from openinteractions.models.port import (
+    Annotations,
+    Finished,
+    Json,
+    Media,
+    ModelEvent,
+    TextDelta,
+    ThoughtDelta,
+    ThoughtSignature,
+    ToolCall,
+    VendorStep,
+)
+from openinteractions.wire import deltas
+from openinteractions.wire.events import encode, step_delta, step_start, step_stop
+
+RPC_UNAVAILABLE = 14
+
+
+class Show(Protocol):
+    """Takes what the stream is to show; one that shows nothing is fine."""
+
+    def __call__(self, *events: Event) -> None:
+        """Queue events, in order."""
+        ...
+
+
+class Turn:
+    """Builds the steps of one model turn."""
+
+    def __init__(self, show: Show | None, *, first_index: int, provider: str, model: str) -> None:
+        self._show = show
+        self._next = first_index
+        self._provider = provider
+        self._model = model
+        self._open: Json | None = None
+        self._offset = 0
+        self._text: list[str] = []
+        self._held: list[Json] = []
+        self.steps: list[Json] = []
+        """Finished steps, in order."""
+        self._call_steps: list[Json] = []
+        self.calls: list[ToolCall] = []
+        """Calls of the turn, held back; see `reveal_calls`."""
+        self.finished: Finished | None = None
+
+    @property
+    def has_shown(self) -> bool:
+        """Whether a stream has seen anything of this turn."""
+        return self._show is not None and (bool(self.steps) or self._open is not None)
+
+    def add(self, event: ModelEvent) -> None:
+        """Take the model's next event."""
+        match event:
+            case TextDelta(text):
+                self._add_text("model_output", {"type": "text", "text": text}, text)
+            case ThoughtDelta(text):
+                delta = {"type": "thought_summary", "content": {"type": "text", "text": text}}
+                self._add_text("thought", delta, text)
+            case ThoughtSignature(signature):
+                self._add_signature(signature)
+            case Annotations(annotations):
+                self._held += annotations
+            case Media(content):
+                self._add_media(content)
+            case ToolCall():
+                self.calls.append(event)
+            case VendorStep(step):
+                self._close()
+                self.add_whole(self._sealed(step))
+            case Finished():
+                self._close()
+                self.finished = event
+
+    def add_whole(self, step: Json) -> None:
+        """Add a step that is there all at once."""
+        index = self._next
+        self.steps.append(step)
+        self._next += 1
+        if self._show is not None:
+            self._show(*whole_step_events(index, step))
+
+    def call_steps(self) -> list[Json]:
+        """The held-back calls as `function_call` steps; a missing id is minted once."""
+        if not self._call_steps:
+            self._call_steps = [
+                self._sealed(
+                    {
+                        "type": "function_call",
+                        "id": call.id or ids.call_id(),
+                        "name": call.name,
+                        "arguments": call.arguments,
+                    }
+                    | ({"signature": call.signature} if call.signature else {})
+                )
+                for call in self.calls
+            ]
+        return self._call_steps
+
+    def reveal_calls(self) -> None:
+        """Add the held-back calls to the steps."""
+        for step in self.call_steps():
+            self.add_whole(step)
+
+    def break_off(self, code: int, message: str) -> list[Json]:
+        """Close what is open as broken and return every step that was begun.
+
+        Calls that were held back are dropped: no reader has seen them.
+        """
+        self.calls.clear()
+        if self._open is not None and self._open["type"] == "model_output":
+            self._open["error"] = {"code": code, "message": message}
+        self._close()
+        return self.steps
+
+    def text(self) -> str:
+        """All text of the turn's answer, across its steps."""
+        return "".join(
+            block["text"]
+            for step in self.steps
+            if step["type"] == "model_output"
+            for block in step["content"]
+            if block["type"] == "text"
+        )
+
+    # ---- growing the open step
+
+    def _start(self, kind: str) -> Json:
+        if self._open is not None and self._open["type"] == kind:
+            return self._open
+        self._close()
+        self._open = {"type": kind} | ({"content": []} if kind == "model_output" else {})
+        self._offset = 0
+        self._emit("s", -1, encode(step_start(self._next, {"type": kind})))
+        return self._open
+
+    def _add_text(self, kind: str, delta: Json, text: str) -> None:
+        if not text:
+            return
+        self._start(kind)
+        self._text.append(text)
+        self._offset += len(text)
+        self._emit("d", self._offset, encode(step_delta(self._next, delta)))
+
+    def _add_signature(self, signature: str) -> None:
+        step = self._start("thought")
+        step["signature"] = self._seal(signature)
+        self._delta({"type": "thought_signature", "signature": step["signature"]})
+        self._close()
+
+    def _add_media(self, content: Json) -> None:
+        step = self._start("model_output")
+        self._close_block()
+        step["content"].append(content)
+        self._delta(content)
+
+    def _delta(self, delta: Json) -> None:
+        self._offset += 1
+        self._emit("d", self._offset, encode(step_delta(self._next, delta)))
+
+    def _close_block(self) -> None:
+        """Turn the text gathered so far into a content block, with its citations."""
+        step = self._open
+        if step is None:
+            return
+        if self._text:
+            block: Json = {"type": "text", "text": "".join(self._text)}
+            if step["type"] == "thought":
+                step["summary"] = [block]
+            else:
+                step["content"].append(block)
+            self._text = []
+            if self._held and step["type"] == "model_output":
+                block["annotations"] = self._held
+                self._delta({"type": "text_annotation_delta", "annotations": self._held})
+                self._held = []
+
+    def _close(self) -> None:
+        step = self._open
+        if step is None:
+            return
+        self._close_block()
+        self._emit("t", STOP, encode(step_stop(self._next)))
+        self.steps.append(step)
+        self._next += 1
+        self._open = None
+
+    def _emit(self, kind: str, offset: int, data: bytes) -> None:
+        if self._show is not None:
+            self._show(Event(kind, Position(self._next, offset), data))
+
+    # ---- signatures
+
+    def _seal(self, signature: str) -> str:
+        return seal_signature(signature, provider=self._provider, model=self._model)
+
+    def _sealed(self, step: Json) -> Json:
+        signature = step.get("signature")
+        return {**step, "signature": self._seal(signature)} if signature else step
+
+
+def whole_step_events(index: int, step: Json) -> list[Event]:
+    """Everything that a stream shows of a finished step."""
+    events = [
+        Event("s", Position(index, -1), encode(step_start(index, deltas.step_skeleton(step))))
+    ]
+    offset = 0
+    for delta in deltas.step_deltas(step):
+        offset += units(delta)
+        events.append(Event("d", Position(index, offset), encode(step_delta(index, delta))))
+    events.append(Event("t", Position(index, STOP), encode(step_stop(index))))
+    return events
+
+
+def units(delta: Json) -> int:
+    """How far a delta moves the position in its step: characters of text, else one."""
+    if delta["type"] == "text":
+        return len(delta["text"])
+    if delta["type"] == "thought_summary" and delta["content"].get("type") == "text":
+        return len(delta["content"]["text"])
+    return 1
+
+
+def fold(events: Sequence[Event]) -> list[tuple[Json, bool]]:
+    """Read steps back from what a stream has shown: each step, and whether it was finished."""
+    steps: list[Json] = []
+    finished: set[int] = set()
+    for event in events:
+        if event.kind == "s":
+            steps.append(orjson.loads(event.data)["step"])
+        elif event.kind == "d":
+            deltas.merge(steps[-1], orjson.loads(event.data)["delta"])
+        elif event.kind == "t":
+            finished.add(len(steps) - 1)
+    return [(deltas.joined(step), number in finished) for number, step in enumerate(steps)]

@@ -1,0 +1,168 @@
+"""Which model an ID means, who serves it, what it costs, and who takes over while it is down."""
+
+import importlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import aiohttp
+
+from openinteractions.errors import NotFound, SetupError
+from openinteractions.models.port import Model
+from openinteractions.models.transport import Upstream
+from openinteractions.settings import ModelSettings, PriceSettings, ProviderSettings
+
+_PUBLIC = {
+    "openai": "https://api.openai.com/v1",
+    "gemini": "https://generativelanguage.googleapis.com",
+    "anthropic": "https://api.anthropic.com",
+}
+_PATTERNS = (
+    (("gemini-", "gemma-", "imagen-", "veo-", "lyria-", "learnlm-"), "gemini"),
+    (("gpt-", "chatgpt-", "o1", "o3", "o4", "o5"), "openai"),
+    (("claude-",), "anthropic"),
+)
+_NANO_PER_MILLION = 1_000
+"""A dollar per million tokens is this many billionths of a dollar per token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """What one token costs, in billionths of a US dollar."""
+
+    input: float
+    cached_input: float
+    output: float
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A model that can be asked."""
+
+    id: str
+    """`provider/model`."""
+    provider: str
+    model: str
+    """The upstream's own name of it."""
+    adapter: Model
+    price: Price | None
+
+
+class Catalog:
+    """The configured providers and the rules from IDs to them."""
+
+    def __init__(
+        self,
+        providers: Mapping[str, ProviderSettings],
+        models: ModelSettings,
+        session: aiohttp.ClientSession,
+        *,
+        local: Model | None,
+    ) -> None:
+        self._kinds: dict[str, str] = {}
+        self._adapters: dict[str, Model] = {}
+        for name, provider in providers.items():
+            self._kinds[name] = provider.kind
+            self._adapters[name] = _adapter(name, provider, session, local)
+        if local is not None and "local" not in self._adapters:
+            self._kinds["local"] = "local"
+            self._adapters["local"] = local
+        self._aliases = models.aliases
+        self._fallbacks = models.fallbacks
+        self._prices = _packaged_prices() | {k: _price(v) for k, v in models.prices.items()}
+
+    @property
+    def providers(self) -> Mapping[str, str]:
+        """Each provider's kind."""
+        return self._kinds
+
+    def resolve(self, model_id: str) -> list[str]:
+        """The `provider/model` that an ID means, followed by its fallbacks.
+
+        Raises:
+            NotFound: No configured provider serves it; the message says what would.
+        """
+        first = self._resolve_one(model_id)
+        rest = self._fallbacks.get(first) or self._fallbacks.get(model_id) or []
+        return list(dict.fromkeys([first, *(self._resolve_one(item) for item in rest)]))
+
+    def open(self, target: str) -> Target:
+        """Find a model by its `provider/model`.
+
+        Raises:
+            NotFound: No such provider is configured any more.
+        """
+        provider, _, model = target.partition("/")
+        adapter = self._adapters.get(provider)
+        if adapter is None:
+            raise NotFound(f"The provider '{provider}' is not configured.")
+        return Target(target, provider, model, adapter, self._find_price(target, model))
+
+    def _resolve_one(self, model_id: str) -> str:
+        name = self._aliases.get(model_id, model_id)
+        provider, slash, model = name.partition("/")
+        if slash and model and provider in self._adapters:
+            return name
+        for prefixes, kind in _PATTERNS:
+            if name.startswith(prefixes):
+                owner = next((p for p, k in self._kinds.items() if k == kind), None)
+                if owner is not None:
+                    return f"{owner}/{name}"
+        known = ", ".join(f"{p}/…" for p in self._adapters) or "none"
+        raise NotFound(
+            f"Model '{model_id}' is not found. Configured providers: {known}. Use provider/model, "
+            "or map the ID in [models.aliases]."
+        )
+
+    def _find_price(self, target: str, model: str) -> Price | None:
+        for name in (target, model, model.rpartition("/")[2]):
+            if name in self._prices:
+                return self._prices[name]
+        known = [name for name in self._prices if model.startswith(f"{name}-")]
+        return self._prices[max(known, key=len)] if known else None
+
+
+def _adapter(
+    name: str, provider: ProviderSettings, session: aiohttp.ClientSession, local: Model | None
+) -> Model:
+    """Bind a wire format to a provider. Its module is loaded only where it is used."""
+    if provider.kind == "local":
+        if local is None:
+            raise SetupError(f"providers.{name}: the local model needs the `local` extra")
+        return local
+    if provider.kind == "scripted":
+        module = importlib.import_module("openinteractions.models.scripted")
+        return module.ScriptedModel()
+    module = importlib.import_module(f"openinteractions.models.{provider.kind}")
+    base_url = provider.base_url or _PUBLIC[provider.kind]
+    headers = module.headers(provider.key()) | {
+        header: value.get_secret_value() for header, value in provider.headers.items()
+    }
+    upstream = Upstream(
+        session,
+        base_url=base_url,
+        headers=headers,
+        connect_timeout=provider.connect_timeout,
+        idle_timeout=provider.idle_timeout,
+    )
+    if provider.kind == "openai":
+        official = base_url.startswith(_PUBLIC["openai"])
+        return module.OpenAIModel(upstream, provider=name, official=official)
+    if provider.kind == "gemini":
+        return module.GeminiModel(upstream, provider=name)
+    return module.AnthropicModel(upstream, provider=name)
+
+
+def _packaged_prices() -> dict[str, Price]:
+    text = resources.files("openinteractions.models").joinpath("prices.json").read_text("utf-8")
+    table: dict[str, Any] = json.loads(text)["usd_per_million_tokens"]
+    return {name: _price(PriceSettings.model_validate(row)) for name, row in table.items()}
+
+
+def _price(row: PriceSettings) -> Price:
+    cached = row.input if row.cached_input is None else row.cached_input
+    return Price(
+        row.input * _NANO_PER_MILLION, cached * _NANO_PER_MILLION, row.output * _NANO_PER_MILLION
+    )

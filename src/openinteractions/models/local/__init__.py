@@ -1,0 +1,1 @@
+"""The built-in local model: packaged small weights, served by llama.cpp in a child process."""

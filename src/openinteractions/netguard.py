@@ -1,0 +1,189 @@
+"""The SSRF guard: the one way for requests that are made for a user to leave this server.
+
+Every host, also after a redirect, is resolved here and refused unless all of its addresses are
+public or in a range that the operator allowed. The connection goes to the very address that was
+checked, so a name that changes its mind in between gains nothing.
+"""
+
+import base64
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from ipaddress import (
+    IPv4Address,
+    IPv4Network,
+    IPv6Address,
+    IPv6Network,
+    ip_address,
+)
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.resolver import ThreadedResolver
+
+from openinteractions.errors import Invalid
+
+_MAX_REDIRECTS = 5
+_TIMEOUT = aiohttp.ClientTimeout(total=60, sock_connect=10, sock_read=20)
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_NAT64 = IPv6Network("64:ff9b::/96")
+_OK = 200
+
+
+class Refused(Invalid):
+    """The guard does not let this address be reached."""
+
+    code = "forbidden_address"
+
+
+class Guard:
+    """Decides which addresses users' requests may reach."""
+
+    def __init__(self, allow: Sequence[IPv4Network | IPv6Network] = ()) -> None:
+        self._allow = tuple(allow)
+
+    def permits(self, address: str) -> bool:
+        """Whether an IP address may be reached."""
+        ip = ip_address(address.partition("%")[0])
+        if isinstance(ip, IPv6Address):
+            ip = _embedded(ip)
+        if any(ip.version == net.version and ip in net for net in self._allow):
+            return True
+        return ip.is_global and not ip.is_multicast and not ip.is_reserved
+
+
+def _embedded(ip: IPv6Address) -> IPv4Address | IPv6Address:
+    """The IPv4 address that an IPv6 one stands for, so that it cannot hide there."""
+    if ip.ipv4_mapped is not None:
+        return ip.ipv4_mapped
+    if ip.sixtofour is not None:
+        return ip.sixtofour
+    if ip in _NAT64:
+        return IPv4Address(int(ip) & 0xFFFF_FFFF)
+    return ip
+
+
+class _GuardedResolver(AbstractResolver):
+    """Resolves names, and refuses those that lead to an address the guard does not permit."""
+
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
+        self._inner = ThreadedResolver()
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
+    ) -> list[ResolveResult]:
+        found = await self._inner.resolve(host, port, family)
+        for entry in found:
+            if not self._guard.permits(entry["host"]):
+                raise Refused(f"The host '{host}' leads to an address that is not public.")
+        return found
+
+    async def close(self) -> None:
+        await self._inner.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """What a URL gave."""
+
+    mime_type: str
+    data: bytes
+    url: str
+    """After redirects."""
+
+    def base64(self) -> str:
+        """The bytes as standard base64 text."""
+        return base64.b64encode(self.data).decode()
+
+
+class Fetcher:
+    """Fetches users' URLs through the guard."""
+
+    def __init__(self, guard: Guard, *, max_bytes: int) -> None:
+        self._guard = guard
+        self._max_bytes = max_bytes
+        self._session: aiohttp.ClientSession | None = None
+
+    async def fetch(self, url: str) -> Fetched:
+        """GET a URL.
+
+        Raises:
+            Refused: It leads to an address that is not public.
+            Invalid: It is no http(s) URL, cannot be had, or is too large; the message says so.
+        """
+        for _ in range(_MAX_REDIRECTS + 1):
+            self._check(url)
+            try:
+                async with self._open().get(
+                    url, allow_redirects=False, timeout=_TIMEOUT
+                ) as response:
+                    target = response.headers.get("Location")
+                    if response.status in _REDIRECTS and target:
+                        url = urljoin(url, target)
+                        continue
+                    return await self._read(response, url)
+            except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+                raise _explained(error, url) from error
+        raise Invalid(f"Cannot fetch '{_shown(url)}': too many redirects.")
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._session is not None:
+            await self._session.close()
+
+    def _open(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            connector = aiohttp.TCPConnector(
+                resolver=_GuardedResolver(self._guard), use_dns_cache=False, limit=100
+            )
+            self._session = aiohttp.ClientSession(connector=connector, trust_env=False)
+        return self._session
+
+    def _check(self, url: str) -> None:
+        """Names are checked by the resolver; a literal address never reaches it."""
+        try:
+            parts = urlsplit(url)
+            host = parts.hostname
+        except ValueError:
+            host, parts = None, None
+        if parts is None or parts.scheme not in {"http", "https"} or not host:
+            raise Invalid(f"Cannot fetch '{_shown(url)}': only http and https URLs can be fetched.")
+        try:
+            literal = ip_address(host)
+        except ValueError:
+            return
+        if not self._guard.permits(str(literal)):
+            raise Refused(f"The host '{host}' is an address that is not public.")
+
+    async def _read(self, response: aiohttp.ClientResponse, url: str) -> Fetched:
+        if response.status != _OK:
+            raise Invalid(f"Cannot fetch '{_shown(url)}': it answered {response.status}.")
+        data = bytearray()
+        async for chunk in response.content.iter_chunked(64 * 1024):
+            data += chunk
+            if len(data) > self._max_bytes:
+                raise Invalid(
+                    f"Cannot fetch '{_shown(url)}': it is larger than {self._max_bytes} bytes."
+                )
+        return Fetched(response.content_type, bytes(data), url)
+
+
+def _explained(error: Exception, url: str) -> Invalid:
+    cause: Any = error
+    while cause is not None:
+        if isinstance(cause, Refused):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return Invalid(f"Cannot fetch '{_shown(url)}': {type(error).__name__}.")
+
+
+def _shown(url: str) -> str:
+    """A URL for messages: without user, password and query."""
+    try:
+        parts = urlsplit(url)
+        return f"{parts.scheme}://{parts.hostname}{parts.path}"[:200]
+    except ValueError:
+        return url[:100]

@@ -1,0 +1,127 @@
+"""One process of the server: its connections opened in order, and closed in the reverse one.
+
+The api and the worker are the same process with other tasks in it; a small set-up runs both in one.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+import aiohttp
+import structlog
+
+from openinteractions.db.engine import Database
+from openinteractions.events.follow import Hub, Notifier, Tail
+from openinteractions.events.log import Writer
+from openinteractions.jobs.runner import Claimer, Member, Timing
+from openinteractions.loop.ports import Patience
+from openinteractions.loop.spec import Limits
+from openinteractions.models.catalog import Catalog
+from openinteractions.models.port import Model
+from openinteractions.netguard import Fetcher, Guard
+from openinteractions.runs.executor import Executor
+from openinteractions.runs.history import Cache
+from openinteractions.runs.house import House
+from openinteractions.settings import Settings
+from openinteractions.worker import run, upkeep
+
+_log = structlog.get_logger(__name__)
+
+_HISTORY_CACHE_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """What a running process has open."""
+
+    database: Database
+    hub: Hub
+    tail: Tail
+    member: Member
+    catalog: Catalog
+    executor: Executor
+
+
+@asynccontextmanager
+async def opened(settings: Settings, database: Database, *, role: str) -> AsyncGenerator[Process]:
+    """Open everything that an api or a worker needs; its runs end, or go back, when this closes.
+
+    Args:
+        settings: The whole tree.
+        database: Migrated; closed by the caller.
+        role: `api`, `worker` or `all`; only the last two take work from the queue.
+    """
+    async with AsyncExitStack() as stack:
+        hub, tail = Hub(), Tail(database)
+        writer = Writer(database, hub, interval=settings.worker.flush_interval)
+        fetcher = Fetcher(Guard(settings.network.allow), max_bytes=settings.limits.max_fetch_bytes)
+        stack.push_async_callback(fetcher.close)
+        session = await stack.enter_async_context(
+            aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
+                trust_env=True,
+                auto_decompress=True,
+            )
+        )
+        local = await _local(settings, session, stack)
+        catalog = Catalog(settings.providers, settings.models, session, local=local)
+        await stack.enter_async_context(Notifier(database, hub).running())
+        await stack.enter_async_context(tail.running())
+        await stack.enter_async_context(writer.running())
+        timing = Timing(settings.worker.heartbeat, settings.worker.dead_after)
+        member = await stack.enter_async_context(Member(database, timing, role=role).joined())
+        executor = Executor(
+            House(
+                database=database,
+                hub=hub,
+                writer=writer,
+                member=member,
+                catalog=catalog,
+                fetcher=fetcher,
+                cache=Cache(_HISTORY_CACHE_BYTES),
+                patience=Patience(settings.models.attempts, settings.models.max_retry_wait),
+                limits=Limits(
+                    max_steps=settings.limits.max_steps,
+                    max_seconds=settings.limits.max_run_time.total_seconds(),
+                ),
+            )
+        )
+        if role != "api":
+            await stack.enter_async_context(_working(settings, database, member, executor))
+        _log.info("process.ready", role=role, worker_id=member.worker_id)
+        yield Process(database, hub, tail, member, catalog, executor)
+        _log.info("process.stopping", role=role, jobs=member.running)
+
+
+@asynccontextmanager
+async def _working(
+    settings: Settings, database: Database, member: Member, executor: Executor
+) -> AsyncGenerator[None]:
+    """Take work from the queue while the context lasts."""
+    claimer = Claimer(
+        database,
+        member,
+        {run.KIND: run.handler(executor)},
+        concurrency=settings.worker.concurrency,
+    )
+    async with claimer.running(), asyncio.TaskGroup() as group:
+        task = group.create_task(upkeep.for_ever(database), name="upkeep")
+        try:
+            yield
+        finally:
+            task.cancel()
+
+
+async def _local(
+    settings: Settings, session: aiohttp.ClientSession, stack: AsyncExitStack
+) -> Model | None:
+    """The local model, where its runtime is installed; it starts with its first request."""
+    try:
+        from openinteractions.models.local.runtime import LocalRuntime  # noqa: PLC0415 - optional
+    except ImportError:
+        return None
+    folder = settings.home() / "models"
+    runtime = LocalRuntime(settings.local, folder, session)
+    await stack.enter_async_context(runtime)
+    return runtime.model()

@@ -1,0 +1,1 @@
+"""Media of interactions: kept once, by content, outside the rows that a conversation reads."""

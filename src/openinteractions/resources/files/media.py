@@ -1,0 +1,84 @@
+"""Media blocks inside steps: taken out before they are stored, put back before they are used.
+
+A stored block has `blob` (SHA-256, hexadecimal) in place of `data`. A block that came by `uri` and
+was fetched has both; whoever reads the interaction sees the `uri`, the model gets the bytes.
+"""
+
+import base64
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+KEEP_INLINE_BYTES = 16 * 1024
+"""Shorter `data` stays in its step: a row of its own would cost more."""
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """Some bytes and what they are."""
+
+    sha256: bytes
+    mime_type: str
+    data: bytes
+
+
+def blocks(step: Json) -> Iterator[Json]:
+    """The content blocks of a step, wherever its type keeps them."""
+    for key in ("content", "result", "summary"):
+        value = step.get(key)
+        if isinstance(value, list):
+            for block in value:  # pyright: ignore[reportUnknownVariableType]
+                if isinstance(block, dict):
+                    yield block
+
+
+def take_out(step: Json) -> tuple[Json, list[Blob]]:
+    """A copy of the step without its large media, and those media."""
+    if not any(_is_large(block) for block in blocks(step)):
+        return step, []
+    copy: Json = orjson.loads(orjson.dumps(step))
+    taken: list[Blob] = []
+    for block in blocks(copy):
+        if _is_large(block):
+            data = base64.b64decode(block.pop("data"))
+            blob = Blob(
+                hashlib.sha256(data).digest(),
+                block.get("mime_type", "application/octet-stream"),
+                data,
+            )
+            block["blob"] = blob.sha256.hex()
+            taken.append(blob)
+    return copy, taken
+
+
+def _is_large(block: Json) -> bool:
+    data = block.get("data")
+    return isinstance(data, str) and (len(data) > KEEP_INLINE_BYTES or "uri" in block)
+
+
+def hashes(steps: Sequence[Json]) -> list[bytes]:
+    """The blobs that these steps refer to."""
+    return [
+        bytes.fromhex(block["blob"])
+        for step in steps
+        for block in blocks(step)
+        if isinstance(block.get("blob"), str)
+    ]
+
+
+def put_back(step: Json, blobs: Mapping[bytes, Blob], *, for_model: bool) -> Json:
+    """The step with its media inline: for a model the bytes, for a reader the `uri` if it has one."""
+    for block in blocks(step):
+        reference = block.pop("blob", None)
+        if reference is None or ("uri" in block and not for_model):
+            continue
+        blob = blobs.get(bytes.fromhex(reference))
+        if blob is not None:
+            block.pop("uri", None)
+            block["data"] = base64.b64encode(blob.data).decode()
+    return step

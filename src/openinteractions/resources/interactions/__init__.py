@@ -1,0 +1,1 @@
+"""`/interactions`: create, read, list, stream, cancel, delete."""

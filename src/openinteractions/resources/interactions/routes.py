@@ -1,0 +1,213 @@
+"""The HTTP face of `/interactions`."""
+
+from collections.abc import AsyncIterator
+from datetime import datetime
+from typing import Annotated, Any
+
+import orjson
+import structlog
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import StreamingResponse
+
+from openinteractions.api import body, pages
+from openinteractions.api.docs import ERRORS, json_body, json_response, stream_response
+from openinteractions.api.scope import Caller, CallerDep
+from openinteractions.errors import Invalid
+from openinteractions.events.types import decode_cursor
+from openinteractions.resources.interactions import render, service, store, stream
+from openinteractions.resources.interactions.schemas import InteractionList
+from openinteractions.resources.interactions.service import Service
+from openinteractions.wire.create import CreateInteraction, parse_create
+from openinteractions.wire.interaction import Interaction
+
+router = APIRouter(tags=["interactions"])
+
+_SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+_STATUSES = frozenset(
+    {
+        "queued",
+        "in_progress",
+        "requires_action",
+        "completed",
+        "failed",
+        "cancelled",
+        "incomplete",
+        "budget_exceeded",
+        "requires_continuation",
+    }
+)
+
+
+def _service(request: Request) -> Service:
+    return request.app.state.interactions
+
+
+@router.post(
+    "/interactions",
+    response_model=None,
+    responses={200: json_response(Interaction) | stream_response(), **ERRORS},
+    openapi_extra=json_body("CreateInteraction"),
+)
+async def create_interaction(request: Request, caller: CallerDep) -> Response:
+    """Create an interaction: a model's answer, with the conversation kept by the server.
+
+    With `stream: true` the answer is a stream of server-sent events.
+    """
+    limits = request.app.state.limits
+    raw = await body.read(
+        request,
+        max_bytes=limits.max_body_bytes,
+        silence_s=limits.body_timeout.total_seconds(),
+    )
+    parsed = parse_create(raw, max_depth=limits.max_json_depth)
+    if parsed.store:
+        return await _create_stored(_service(request), caller, parsed)
+    return await _create_unstored(_service(request), caller, parsed)
+
+
+async def _create_stored(here: Service, caller: Caller, parsed: CreateInteraction) -> Response:
+    started = await service.create_stored(here, caller, parsed)
+    structlog.contextvars.bind_contextvars(interaction_id=started.row.id.hex)
+    if parsed.stream:
+        return _events(stream.fresh(here, started))
+    return _json(await service.result(here, caller, started))
+
+
+async def _create_unstored(here: Service, caller: Caller, parsed: CreateInteraction) -> Response:
+    run = await service.create_unstored(here, caller, parsed)
+    if parsed.stream:
+        return _events(stream.unstored(run))
+    try:
+        return _json(render.unstored(parsed, await run.ended()))
+    finally:
+        await run.stop()
+
+
+@router.get(
+    "/interactions",
+    response_model=None,
+    responses={200: json_response(InteractionList), **ERRORS},
+)
+async def list_interactions(
+    request: Request,
+    caller: CallerDep,
+    *,
+    page_size: str | None = None,
+    page_token: str | None = None,
+    status: Annotated[list[str] | None, Query()] = None,
+    model: str | None = None,
+    agent: str | None = None,
+    label: Annotated[list[str] | None, Query()] = None,
+    created_after: datetime | None = None,
+    created_before: datetime | None = None,
+) -> Response:
+    """List interactions, newest first, without their steps. (An addition to the contract.)
+
+    `status` and `label` (as `key:value`) may be repeated: any of the statuses, all of the labels.
+    """
+    query = request.query_params
+    narrow = store.Filter(
+        status=_statuses(status or []),
+        model=model,
+        agent=agent,
+        labels=_labels(label or []),
+        created_after=_aware("created_after", created_after),
+        created_before=_aware("created_before", created_before),
+    )
+    return _json(
+        await service.listing(
+            _service(request),
+            caller,
+            narrow,
+            page_size=pages.size(page_size or query.get("pageSize")),
+            page_token=page_token or query.get("pageToken"),
+        )
+    )
+
+
+@router.get(
+    "/interactions/{interaction_id:path}",
+    response_model=None,
+    responses={200: json_response(Interaction) | stream_response(), **ERRORS},
+)
+async def get_interaction(
+    request: Request,
+    caller: CallerDep,
+    interaction_id: str,
+    *,
+    stream_: Annotated[bool, Query(alias="stream")] = False,
+    last_event_id: str | None = None,
+    include_input: bool = False,
+) -> Response:
+    """Read an interaction, or follow it as a stream, also from the middle (`last_event_id`)."""
+    here = _service(request)
+    wants_stream = stream_ or interaction_id.endswith(":stream")
+    row = await service.get(here, caller, interaction_id.removesuffix(":stream"))
+    if wants_stream:
+        text = last_event_id or request.query_params.get("lastEventId")
+        cursor = decode_cursor(row.id, text) if text else None
+        return _events(stream.resumed(here, row, cursor))
+    steps = await service.steps_of(here, row)
+    return _json(render.interaction(row, steps, include_input=include_input))
+
+
+@router.post(
+    "/interactions/{interaction_id:path}/cancel",
+    response_model=None,
+    responses={200: json_response(Interaction), **ERRORS},
+)
+async def cancel_interaction(request: Request, caller: CallerDep, interaction_id: str) -> Response:
+    """Stop an interaction. What it has done stays; one that has ended is returned as it is."""
+    here = _service(request)
+    row = await service.cancel(here, caller, interaction_id)
+    return _json(render.interaction(row, await service.steps_of(here, row)))
+
+
+@router.post("/interactions/{interaction_id}:cancel", include_in_schema=False, response_model=None)
+async def cancel_interaction_verb(
+    request: Request, caller: CallerDep, interaction_id: str
+) -> Response:
+    """The spelling of the documentation's curl examples."""
+    return await cancel_interaction(request, caller, interaction_id)
+
+
+@router.delete(
+    "/interactions/{interaction_id:path}",
+    response_model=None,
+    responses={200: {"description": "Deleted."}, **ERRORS},
+)
+async def delete_interaction(request: Request, caller: CallerDep, interaction_id: str) -> Response:
+    """Delete an interaction for good. Those that continue it go on working."""
+    await service.delete(_service(request), caller, interaction_id)
+    return _json(b"{}")
+
+
+def _json(content: bytes) -> Response:
+    return Response(content, media_type="application/json")
+
+
+def _events(frames: AsyncIterator[bytes]) -> Response:
+    return StreamingResponse(frames, media_type="text/event-stream", headers=_SSE_HEADERS)
+
+
+def _statuses(values: list[str]) -> list[str]:
+    for value in values:
+        if value not in _STATUSES:
+            raise Invalid(f"Invalid enum value '{value[:40]}' at 'status'.")
+    return values
+
+
+def _labels(values: list[str]) -> str | None:
+    pairs: dict[str, Any] = {}
+    for value in values:
+        key, colon, text = value.partition(":")
+        if not key or not colon or "\x00" in value:
+            raise Invalid("Invalid value for 'label': expected 'key:value'.")
+        pairs[key] = text
+    return orjson.dumps(pairs).decode() if pairs else None
+
+
+def _aware(name: str, moment: datetime | None) -> datetime | None:
+    if moment is not None and moment.tzinfo is None:
+        raise Invalid(f"Invalid value for '{name}': it needs a time zone, for example a final Z.")
+    return moment

@@ -1,0 +1,116 @@
+"""What this resource needs of the execution wing. It is handed in by `app`; nothing here runs."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Protocol
+from uuid import UUID
+
+from openinteractions.events.types import Event
+from openinteractions.resources.interactions.store import Interaction, Place, StoredStep
+from openinteractions.wire.create import CreateInteraction
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A request that the models can serve, resolved."""
+
+    spec: bytes
+    """The frozen run spec, JSON."""
+    provider: str
+    steps: list[dict[str, Any]]
+    """The input, with what it refers to fetched where the model needs it."""
+    warnings: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """A stored run that this process owns from its create on."""
+
+    interaction: Interaction
+    spec: bytes
+    steps: list[dict[str, Any]]
+    epoch: int
+    events_written: int
+    key_id: UUID | None
+    is_budgeted: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """How a run ended, as its row now says."""
+
+    status: str
+    created_at: datetime
+    updated_at: datetime
+    steps: Sequence[StoredStep]
+    """Those that it generated."""
+    usage: bytes | None
+    errors: bytes | None
+    warnings: bytes | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unstored:
+    """A request that leaves nothing behind but what it cost (`store=false`)."""
+
+    project_id: UUID
+    key_id: UUID | None
+    is_budgeted: bool
+    model: str | None
+    spec: bytes
+    steps: list[dict[str, Any]]
+    history: Place | None
+    history_idx: int | None
+    warnings: list[dict[str, Any]]
+    stream: bool
+
+
+class MemoryRun(Protocol):
+    """An unstored run under way. It ends with its caller."""
+
+    def events(self) -> AsyncIterator[list[Event]]:
+        """What its stream shows; ends with the run."""
+        ...
+
+    async def ended(self) -> Ended:
+        """Wait for its end."""
+        ...
+
+    async def stop(self) -> None:
+        """Stop it; nothing happens if it has ended."""
+        ...
+
+
+class Runner(Protocol):
+    """Runs interactions."""
+
+    @property
+    def worker_id(self) -> int:
+        """This process among the workers: who owns what it starts."""
+        ...
+
+    async def prepare(self, project_id: UUID, request: CreateInteraction) -> Prepared:
+        """Resolve a request and make sure that its model can serve it.
+
+        Raises:
+            Invalid: Something in it cannot be honoured; the message names it.
+            NotFound: No such model.
+        """
+        ...
+
+    def start(self, lease: Lease) -> "asyncio.Future[Ended | None]":
+        """Run a stored interaction here, whoever goes on listening.
+
+        The future gives None where another worker has taken the run over.
+        """
+        ...
+
+    def start_in_memory(self, unstored: Unstored) -> MemoryRun:
+        """Run an interaction that is not stored."""
+        ...
+
+    async def cancel(self, project_id: UUID, interaction_id: UUID) -> None:
+        """Stop a run, wherever it is, and write its terminal state; no-op if it has ended."""
+        ...

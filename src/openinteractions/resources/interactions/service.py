@@ -1,0 +1,413 @@
+"""What can be done with interactions. Routes call this; this calls the store and the runner."""
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timedelta
+from uuid import UUID
+
+import orjson
+import structlog
+
+from openinteractions import ids
+from openinteractions.api import pages
+from openinteractions.api.scope import Caller
+from openinteractions.db.engine import Database
+from openinteractions.errors import Invalid, NotFound, Unready
+from openinteractions.events.follow import Hub, Tail
+from openinteractions.events.types import CREATED, IN_PROGRESS, Event, first_seq, join
+from openinteractions.resources.files import media
+from openinteractions.resources.files import store as files
+from openinteractions.resources.interactions import render, store
+from openinteractions.resources.interactions.runner import (
+    Ended,
+    Lease,
+    MemoryRun,
+    Prepared,
+    Runner,
+    Unstored,
+)
+from openinteractions.resources.interactions.store import (
+    Interaction,
+    NewInteraction,
+    Place,
+    StoredStep,
+)
+from openinteractions.wire.create import CreateInteraction
+from openinteractions.wire.events import created, encode, status_update
+
+_log = structlog.get_logger(__name__)
+
+_EPOCH = 1
+_POLL_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """The resource's connections to the rest of the house."""
+
+    database: Database
+    hub: Hub
+    tail: Tail
+    runner: Runner
+    retention: timedelta
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """The interaction that a new one continues."""
+
+    row: Interaction
+    cut: int | None
+    """The last of its steps that counts; None: all."""
+
+
+async def get(service: Service, caller: Caller, interaction_id: str) -> Interaction:
+    """Find an interaction by its public id.
+
+    Raises:
+        NotFound: It is absent, deleted, or another project's.
+    """
+    key = ids.parse_interaction_id(interaction_id)
+    row = None if key is None else await store.get(service.database, caller.project_id, key)
+    if row is None:
+        raise NotFound(f"Interaction '{interaction_id[:80]}' not found.")
+    return row
+
+
+async def steps_of(service: Service, row: Interaction, *, start: int = 0) -> list[StoredStep]:
+    """An interaction's steps with their media inline."""
+    return await inline(
+        service, row.project_id, await store.steps(service.database, row, start=start)
+    )
+
+
+async def inline(
+    service: Service, project_id: UUID, steps: Sequence[StoredStep]
+) -> list[StoredStep]:
+    """Steps with their media put back, for a reader."""
+    if not any(step.media for step in steps):
+        return list(steps)
+    parsed = {step.index: orjson.loads(step.data) for step in steps if step.media}
+    blobs = await files.get(service.database, project_id, media.hashes(list(parsed.values())))
+    return [
+        replace(
+            step,
+            media=False,
+            data=orjson.dumps(media.put_back(parsed[step.index], blobs, for_model=False)),
+        )
+        if step.media
+        else step
+        for step in steps
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A stored interaction that was just created and runs."""
+
+    row: Interaction
+    ended: Awaitable[Ended | None]
+    first_events: list[Event]
+    first_seq: int
+    """The number of the first of them in the log."""
+
+
+async def create_stored(service: Service, caller: Caller, request: CreateInteraction) -> Started:
+    """Write an interaction with its input and start its run in this process."""
+    prepared = await service.runner.prepare(caller.project_id, request)
+    # At the end of its line is where most turns go; who finds that place taken opens a new line.
+    for branch in (False, True, True):
+        parent = await _parent(service, caller, request)
+        place = _place(parent, branch=branch)
+        started = await _try_create(service, caller, request, prepared, parent, place)
+        if started is not None:
+            return started
+    raise Unready("Too many interactions continue the same one at once.", retry_after_s=1)
+
+
+async def result(service: Service, caller: Caller, started: Started) -> bytes:
+    """Wait for a new interaction's end and render it, with the steps that it generated.
+
+    Should another worker take the run over, its end is waited for all the same.
+    """
+    ended = await asyncio.shield(started.ended)
+    if ended is not None:
+        row = _finished(started.row, ended)
+        return render.interaction(row, await inline(service, row.project_id, ended.steps))
+    row = await _wait_for_end(service, caller, started.row)
+    return render.interaction(row, await steps_of(service, row, start=row.input_count))
+
+
+async def _wait_for_end(service: Service, caller: Caller, row: Interaction) -> Interaction:
+    with service.hub.subscribe(row.id) as subscription:
+        while row.is_running:
+            subscription.wake.clear()
+            row = await get(service, caller, ids.interaction_id(row.id))
+            if row.is_running:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_POLL_S):
+                        await subscription.wake.wait()
+    return row
+
+
+async def listing(
+    service: Service,
+    caller: Caller,
+    narrow: store.Filter,
+    *,
+    page_size: int,
+    page_token: str | None,
+) -> bytes:
+    """One page of a project's interactions."""
+    marks = asdict(narrow)
+    before = pages.parse(page_token, marks)
+    rows = await store.page(
+        service.database, caller.project_id, narrow, before=before, limit=page_size + 1
+    )
+    more = len(rows) > page_size
+    rows = rows[:page_size]
+    token = pages.token(rows[-1].id, marks) if more else None
+    return render.page([render.interaction(row, None) for row in rows], token)
+
+
+async def create_unstored(
+    service: Service, caller: Caller, request: CreateInteraction
+) -> MemoryRun:
+    """Start an interaction that leaves nothing behind but what it cost (ruling R16)."""
+    prepared = await service.runner.prepare(caller.project_id, request)
+    parent = await _parent(service, caller, request)
+    row = None if parent is None else parent.row
+    place = None
+    if row is not None:
+        place = Place(segment_id=row.segment_id, depth=row.depth, is_new_line=False)
+    return service.runner.start_in_memory(
+        Unstored(
+            project_id=caller.project_id,
+            key_id=caller.key_id,
+            is_budgeted=caller.is_budgeted,
+            model=request.model,
+            spec=prepared.spec,
+            steps=prepared.steps,
+            history=place,
+            history_idx=None if parent is None else parent.cut,
+            warnings=prepared.warnings,
+            stream=request.stream,
+        )
+    )
+
+
+async def cancel(service: Service, caller: Caller, interaction_id: str) -> Interaction:
+    """Stop an interaction; one that has ended is returned as it is."""
+    row = await get(service, caller, interaction_id)
+    if row.is_running:
+        await service.runner.cancel(caller.project_id, row.id)
+        row = await get(service, caller, interaction_id)
+    return row
+
+
+async def delete(service: Service, caller: Caller, interaction_id: str) -> None:
+    """Delete an interaction for good; one that runs is cancelled first."""
+    row = await get(service, caller, interaction_id)
+    if row.is_running:
+        await service.runner.cancel(caller.project_id, row.id)
+    if not await store.delete(service.database, caller.project_id, row.id):
+        raise NotFound(f"Interaction '{interaction_id[:80]}' not found.")
+    service.hub.wake(row.id)
+    _log.info("interaction.deleted", interaction_id=row.id.hex)
+
+
+# ---- continuing a conversation
+
+
+async def _parent(service: Service, caller: Caller, request: CreateInteraction) -> Parent | None:
+    """The interaction to continue, if there is one, in a state that can be continued."""
+    if request.previous_interaction_id is None:
+        return None
+    row = await get(service, caller, request.previous_interaction_id)
+    if row.is_running:
+        raise Invalid(
+            f"Interaction '{request.previous_interaction_id}' is still {row.status}: "
+            "wait for its end, or cancel it, before continuing it."
+        )
+    cut = request.branch_step
+    pending: list[str] = []
+    if cut is not None or row.status == "requires_action" or request.answers:
+        pending = await _pending_calls(service, row, cut)
+    _require_answers(pending, request.answers)
+    return Parent(row, cut)
+
+
+async def _pending_calls(service: Service, row: Interaction, cut: int | None) -> list[str]:
+    rows = await store.steps(service.database, row)
+    if cut is not None and cut >= len(rows):
+        raise Invalid(
+            f"Invalid value for 'previous_interaction_id': the interaction has {len(rows)} steps, "
+            f"so there is no step {cut}."
+        )
+    calls: dict[str, None] = {}
+    for stored in rows[: None if cut is None else cut + 1]:
+        step = orjson.loads(stored.data)
+        if stored.type.endswith("_call"):
+            calls[step["id"]] = None
+        elif stored.type.endswith("_result"):
+            calls.pop(step["call_id"], None)
+    return list(calls)
+
+
+def _require_answers(pending: Sequence[str], answers: Sequence[str]) -> None:
+    unknown = [call for call in answers if call not in pending]
+    if unknown:
+        raise Invalid(
+            f"The function_result with call_id '{unknown[0]}' matches no pending function call "
+            "of the previous interaction."
+        )
+    missing = [call for call in pending if call not in answers]
+    if missing:
+        raise Invalid(
+            "The previous interaction waits for function results: the input needs one for "
+            + ", ".join(f"'{call}'" for call in missing)
+            + "."
+        )
+
+
+# ---- creating
+
+
+async def _try_create(
+    service: Service,
+    caller: Caller,
+    request: CreateInteraction,
+    prepared: Prepared,
+    parent: Parent | None,
+    place: Place,
+) -> Started | None:
+    """One try; None if another turn took the place, or the parent was deleted, meanwhile."""
+    interaction_id = ids.uuid7()
+    steps = await _store_media(service, caller.project_id, prepared, place)
+    first_events = _first_events(interaction_id, request)
+    start = first_seq(_EPOCH) + 1
+    new = NewInteraction(
+        id=interaction_id,
+        project_id=caller.project_id,
+        key_id=caller.key_id,
+        place=place,
+        previous_id=None if parent is None else parent.row.id,
+        model=request.model,
+        agent=request.agent,
+        background=request.background,
+        logged=request.stream,
+        input_form=request.input_form,
+        steps=steps,
+        labels=orjson.dumps(request.labels).decode() if request.labels else None,
+        echo=orjson.dumps(_echo(request)),
+        spec=prepared.spec,
+        warnings=orjson.dumps(prepared.warnings) if prepared.warnings else None,
+        retention=service.retention,
+        provider=prepared.provider,
+        worker_id=service.runner.worker_id,
+        first_seq=start,
+        first_events=join(first_events),
+    )
+    created_at = await store.create(service.database, new)
+    if created_at is None:
+        return None
+    row = _row(new, created_at)
+    lease = Lease(
+        interaction=row,
+        spec=prepared.spec,
+        steps=prepared.steps,
+        epoch=_EPOCH,
+        events_written=len(first_events) if request.stream else 0,
+        key_id=caller.key_id,
+        is_budgeted=caller.is_budgeted,
+    )
+    return Started(row, service.runner.start(lease), first_events, start)
+
+
+def _place(parent: Parent | None, *, branch: bool) -> Place:
+    if parent is None:
+        return Place(segment_id=ids.uuid7(), depth=0, is_new_line=True)
+    row = parent.row
+    if parent.cut is None and not branch:
+        return Place(segment_id=row.segment_id, depth=row.depth + 1, is_new_line=False)
+    return Place(
+        segment_id=ids.uuid7(),
+        depth=row.depth + 1,
+        is_new_line=True,
+        parent_id=row.segment_id,
+        parent_depth=row.depth,
+        parent_idx=parent.cut,
+    )
+
+
+async def _store_media(
+    service: Service, project_id: UUID, prepared: Prepared, place: Place
+) -> list[StoredStep]:
+    steps: list[StoredStep] = []
+    blobs: list[media.Blob] = []
+    for index, step in enumerate(prepared.steps):
+        bare, taken = media.take_out(step)
+        blobs += taken
+        steps.append(StoredStep(index, step["type"], bool(taken), orjson.dumps(bare)))
+    await files.put(
+        service.database, project_id, blobs, segment_id=place.segment_id, depth=place.depth
+    )
+    return steps
+
+
+def _first_events(interaction_id: UUID, request: CreateInteraction) -> list[Event]:
+    public = ids.interaction_id(interaction_id)
+    shown = {
+        "id": public,
+        "object": "interaction",
+        "status": "in_progress",
+        "model": request.model,
+        "agent": request.agent,
+        "service_tier": request.echo.get("service_tier"),
+    }
+    return [
+        Event("c", CREATED, encode(created(shown))),
+        Event("u", IN_PROGRESS, encode(status_update(public, "in_progress"))),
+    ]
+
+
+def _echo(request: CreateInteraction) -> dict[str, object]:
+    """What responses repeat; the previous id has a column of its own."""
+    return {k: v for k, v in request.echo.items() if k != "previous_interaction_id"}
+
+
+def _row(new: NewInteraction, created_at: datetime) -> Interaction:
+    return Interaction(
+        id=new.id,
+        project_id=new.project_id,
+        segment_id=new.place.segment_id,
+        depth=new.place.depth,
+        previous_id=new.previous_id,
+        status="in_progress",
+        model=new.model,
+        agent=new.agent,
+        background=new.background,
+        logged=new.logged,
+        input_form=new.input_form,
+        input_count=len(new.steps),
+        echo=new.echo,
+        usage=None,
+        errors=None,
+        warnings=new.warnings,
+        created_at=created_at,
+        updated_at=created_at,
+    )
+
+
+def _finished(row: Interaction, ended: Ended) -> Interaction:
+    """An interaction's row as its run left it, without reading it again."""
+    return replace(
+        row,
+        status=ended.status,
+        updated_at=ended.updated_at,
+        usage=ended.usage,
+        errors=ended.errors,
+        warnings=ended.warnings,
+    )

@@ -1,0 +1,318 @@
+"""All SQL of interactions and their steps, seen as a resource.
+
+The statements that a run writes under its lease (commit, finish) are in `openinteractions.runs`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from openinteractions.db.engine import Database
+
+_COLUMNS = """id, project_id, segment_id, depth, previous_id, status, model, agent, background,
+ logged, input_form, input_count, echo, usage, errors, warnings, created_at, updated_at"""
+
+# The parent is locked: a delete that races with this either sees the new turn or makes it absent.
+_CREATE = """
+with parent as (
+  select id from interactions
+   where id = $6 and project_id = $2 and deleted_at is null for share
+), turn as (
+  insert into interactions
+    (id, project_id, key_id, segment_id, depth, previous_id, status, model, agent, background,
+     logged, input_form, input_count, labels, echo, spec, warnings, expires_at)
+  select $1, $2, $3, $4, $5, $6::uuid, 'in_progress', $7, $8, $9, $10::boolean, $11, $12,
+         $13::jsonb, $14, $15, $16, now() + $17::interval
+   where $6 is null or exists (select from parent)
+  on conflict (segment_id, depth) do nothing
+  returning id, created_at
+), line as (
+  insert into segments (id, project_id, parent_id, parent_depth, parent_idx)
+  select $4, $2, $18::uuid, $19::int, $20::smallint from turn where $21
+), job as (
+  insert into jobs (id, project_id, kind, provider, state, worker_id, epoch, attempt)
+  select id, $2, 'run', $22::text, case when $23::bigint is null then 0 else 1 end, $23,
+         case when $23 is null then 0 else 1 end, case when $23 is null then 0 else 1 end
+    from turn
+), input as (
+  insert into steps (segment_id, depth, idx, project_id, type, media, data)
+  select $4, $5, u.n - 1, $2, u.type, u.media, u.data
+    from turn, unnest($24::text[], $25::bool[], $26::bytea[])
+               with ordinality as u(type, media, data, n)
+), log as (
+  insert into events (born, interaction_id, seq, project_id, data)
+  select created_at, id, $27::bigint, $2, $28::bytea from turn where $10
+)
+select created_at from turn
+"""
+
+_STEPS = """
+select idx, type, media, data from steps
+ where project_id = $1 and segment_id = $2 and depth = $3 and idx >= $4
+ order by idx
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredStep:
+    """One step as its row holds it."""
+
+    index: int
+    """Its place in the interaction, the input's steps counted."""
+    type: str
+    media: bool
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Interaction:
+    """One interaction's row, without its steps."""
+
+    id: UUID
+    project_id: UUID
+    segment_id: UUID
+    depth: int
+    previous_id: UUID | None
+    status: str
+    model: str | None
+    agent: str | None
+    background: bool
+    logged: bool
+    input_form: str
+    input_count: int
+    echo: bytes | None
+    usage: bytes | None
+    errors: bytes | None
+    warnings: bytes | None
+    created_at: datetime
+    updated_at: datetime
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it can still change."""
+        return self.status in {"in_progress", "queued"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where in a conversation a turn stands."""
+
+    segment_id: UUID
+    depth: int
+    is_new_line: bool
+    """The segment is opened by this turn."""
+    parent_id: UUID | None = None
+    """The segment that a new line branches off."""
+    parent_depth: int | None = None
+    parent_idx: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewInteraction:
+    """Everything that a create writes, in one statement."""
+
+    id: UUID
+    project_id: UUID
+    key_id: UUID | None
+    place: Place
+    previous_id: UUID | None
+    model: str | None
+    agent: str | None
+    background: bool
+    logged: bool
+    input_form: str
+    steps: Sequence[StoredStep]
+    labels: str | None
+    """A JSON object."""
+    echo: bytes
+    spec: bytes
+    warnings: bytes | None
+    retention: timedelta
+    provider: str
+    worker_id: int | None
+    """Who runs it from the start; None leaves it to the queue."""
+    first_seq: int
+    first_events: bytes
+    """The log's first row; written if `logged`."""
+
+
+async def create(database: Database, new: NewInteraction) -> datetime | None:
+    """Write an interaction, its input, its job and its first events.
+
+    Returns its creation time; None if another turn took its place, or its parent was deleted.
+    """
+    place = new.place
+    async with database.hot() as connection:
+        return await connection.fetchval(
+            _CREATE,
+            new.id,
+            new.project_id,
+            new.key_id,
+            place.segment_id,
+            place.depth,
+            new.previous_id,
+            new.model,
+            new.agent,
+            new.background,
+            new.logged,
+            new.input_form,
+            len(new.steps),
+            new.labels,
+            new.echo,
+            new.spec,
+            new.warnings,
+            new.retention,
+            place.parent_id,
+            place.parent_depth,
+            place.parent_idx,
+            place.is_new_line,
+            new.provider,
+            new.worker_id,
+            [step.type for step in new.steps],
+            [step.media for step in new.steps],
+            [step.data for step in new.steps],
+            new.first_seq,
+            new.first_events,
+        )
+
+
+async def get(database: Database, project_id: UUID, interaction_id: UUID) -> Interaction | None:
+    """One interaction; None if it is absent, deleted, or another project's."""
+    async with database.hot() as connection:
+        row = await connection.fetchrow(
+            f"select {_COLUMNS} from interactions "  # noqa: S608 - constant columns
+            "where id = $1 and project_id = $2 and deleted_at is null",
+            interaction_id,
+            project_id,
+        )
+    return None if row is None else Interaction(*row)
+
+
+async def steps(
+    database: Database, interaction: Interaction, *, start: int = 0
+) -> list[StoredStep]:
+    """Its steps so far, from an index on; the input's come first."""
+    async with database.hot() as connection:
+        rows = await connection.fetch(
+            _STEPS, interaction.project_id, interaction.segment_id, interaction.depth, start
+        )
+    return [StoredStep(*row) for row in rows]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Filter:
+    """What a list is narrowed to; None and empty do not narrow."""
+
+    status: Sequence[str] = ()
+    model: str | None = None
+    agent: str | None = None
+    labels: str | None = None
+    """A JSON object: every pair must be there."""
+    created_after: datetime | None = None
+    created_before: datetime | None = None
+
+
+async def page(
+    database: Database, project_id: UUID, narrow: Filter, *, before: UUID | None, limit: int
+) -> list[Interaction]:
+    """Interactions, newest first, from below an id on."""
+    terms = ["project_id = $1", "deleted_at is null"]
+    values: list[Any] = [project_id]
+
+    def term(sql: str, value: object) -> None:
+        if value is not None and value != ():
+            values.append(value)
+            terms.append(sql.format(f"${len(values)}"))
+
+    term("id < {}", before)
+    term("status = any({}::text[])", list(narrow.status) or None)
+    term("model = {}", narrow.model)
+    term("agent = {}", narrow.agent)
+    term("labels @> {}::jsonb", narrow.labels)
+    term("created_at >= {}", narrow.created_after)
+    term("created_at < {}", narrow.created_before)
+    async with database.hot() as connection:
+        rows = await connection.fetch(
+            f"select {_COLUMNS} from interactions where {' and '.join(terms)} "  # noqa: S608 - terms above
+            f"order by id desc limit {int(limit)}",
+            *values,
+        )
+    return [Interaction(*row) for row in rows]
+
+
+_DELETE = """
+update interactions
+   set deleted_at = now(), echo = null, spec = null, run_state = null, sealed = null,
+       webhook = null, labels = null, usage = null, errors = null, warnings = null,
+       idempotency_key = null, request_hash = null, expires_at = null
+ where id = $1 and project_id = $2 and deleted_at is null
+returning segment_id, depth, created_at
+"""
+
+# What no live turn can reach any more: steps above the last live turn and the last place where a
+# living line branches off.
+_PRUNE = """
+with reach as (
+  select greatest(
+    (select max(depth) from interactions
+      where segment_id = $1 and project_id = $2 and deleted_at is null),
+    (select max(parent_depth) from segments where parent_id = $1 and project_id = $2)) as depth
+), steps_gone as (
+  delete from steps s using reach
+   where s.segment_id = $1 and s.project_id = $2 and s.depth > coalesce(reach.depth, -1)
+  returning s.depth
+), turns_gone as (
+  delete from interactions i using reach
+   where i.segment_id = $1 and i.project_id = $2 and i.deleted_at is not null
+     and reach.depth is null
+  returning i.depth
+), line_gone as (
+  delete from segments g using reach
+   where g.id = $1 and g.project_id = $2 and reach.depth is null
+  returning g.parent_id
+)
+select array(select distinct depth from steps_gone),
+       (select parent_id from line_gone)
+"""
+
+
+async def delete(database: Database, project_id: UUID, interaction_id: UUID) -> bool:
+    """Delete an interaction for good; False if it is not there.
+
+    Its row stays as a tombstone while the conversation goes on below it. Its steps go as soon as
+    no living turn builds on them (ruling R19); an emptied line goes, and its parent is looked at
+    in turn.
+    """
+    async with database.hot() as connection, connection.transaction():
+        row = await connection.fetchrow(_DELETE, interaction_id, project_id)
+        if row is None:
+            return False
+        segment, _, born = row
+        await connection.execute(
+            "delete from events where born = $1 and interaction_id = $2", born, interaction_id
+        )
+        while segment is not None:
+            await connection.execute("select pg_advisory_xact_lock(hashtext($1))", segment.hex)
+            depths, parent = await connection.fetchrow(_PRUNE, segment, project_id)
+            if depths:
+                await _drop_blobs(connection, project_id, segment, depths)
+            segment = parent
+    return True
+
+
+async def _drop_blobs(connection: Any, project_id: UUID, segment: UUID, depths: list[int]) -> None:  # noqa: ANN401
+    await connection.execute(
+        """with gone as (
+             delete from blob_uses
+              where project_id = $1 and segment_id = $2 and depth = any($3::int[])
+             returning sha256, segment_id, depth)
+           delete from blobs b using gone
+            where b.project_id = $1 and b.sha256 = gone.sha256 and not exists (
+              select 1 from blob_uses u where u.project_id = $1 and u.sha256 = b.sha256
+                 and not (u.segment_id = $2 and u.depth = any($3::int[])))""",
+        project_id,
+        segment,
+        depths,
+    )

@@ -1,0 +1,1 @@
+"""Drives one interaction under a lease: load, loop, commit, emit."""

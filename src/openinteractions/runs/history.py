@@ -1,0 +1,180 @@
+"""Earlier turns as a model's messages, compiled once and kept.
+
+A turn that has ended never changes, so what it compiles to is kept by (segment, model), and turn
+1,000 compiles only itself. The messages of a line are one list; a turn's history is its beginning.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
+from uuid import UUID
+
+import orjson
+
+from openinteractions.db.engine import Database
+from openinteractions.loop.context import for_model
+from openinteractions.models.catalog import Target
+from openinteractions.models.port import Json
+from openinteractions.netguard import Fetcher
+from openinteractions.resources.files import media
+from openinteractions.resources.files import store as files
+from openinteractions.runs import store
+from openinteractions.runs.store import Line
+
+
+@dataclass(slots=True)
+class _Compiled:
+    """One line as one model's messages, up to a depth."""
+
+    messages: list[bytes] = field(default_factory=list[bytes])
+    ends: dict[int, int] = field(default_factory=dict[int, int])
+    """Depth → how many messages the line has up to and including that turn."""
+    depth: int = -1
+    """The last turn that is in it."""
+    size: int = 0
+
+    def extend(self, depth: int, messages: Sequence[bytes]) -> None:
+        self.messages += messages
+        self.ends[depth] = len(self.messages)
+        self.depth = depth
+        self.size += sum(map(len, messages)) + 64
+
+
+class Cache:
+    """Compiled lines of this process, the least recently used dropped first."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._lines: OrderedDict[tuple[UUID, str], _Compiled] = OrderedDict()
+        self._size = 0
+
+    def find(self, segment_id: UUID, target: str) -> _Compiled | None:
+        """A line's compiled turns so far."""
+        line = self._lines.get((segment_id, target))
+        if line is not None:
+            self._lines.move_to_end((segment_id, target))
+        return line
+
+    def keep(self, segment_id: UUID, target: str, line: _Compiled) -> None:
+        """Keep a line that was just compiled or extended."""
+        old = self._lines.pop((segment_id, target), None)
+        self._size += line.size - (old.size if old is not None and old is not line else 0)
+        self._lines[segment_id, target] = line
+        self._shrink()
+
+    def grew(self, by: int) -> None:
+        """A kept line was extended in place."""
+        self._size += by
+        self._shrink()
+
+    def _shrink(self) -> None:
+        while self._size > self._max_bytes and self._lines:
+            _, dropped = self._lines.popitem(last=False)
+            self._size -= dropped.size
+
+
+class Inliner:
+    """Puts a step's media where a model can see them: from blobs, or fetched from their `uri`."""
+
+    def __init__(self, database: Database, fetcher: Fetcher, project_id: UUID) -> None:
+        self._database = database
+        self._fetcher = fetcher
+        self._project_id = project_id
+
+    async def __call__(self, steps: Sequence[Json], target: Target) -> list[Json]:
+        """The steps with all media that the target does not fetch itself as `data`.
+
+        Raises:
+            Invalid: A `uri` cannot be fetched; the message names it.
+        """
+        if not any("blob" in b or "uri" in b for step in steps for b in media.blocks(step)):
+            return list(steps)
+        copies: list[Json] = [orjson.loads(orjson.dumps(step)) for step in steps]
+        blobs = await files.get(self._database, self._project_id, media.hashes(copies))
+        for step in copies:
+            media.put_back(step, blobs, for_model=True)
+            for block in media.blocks(step):
+                await self._fetch(block, target)
+        return copies
+
+    async def _fetch(self, block: Json, target: Target) -> None:
+        uri = block.get("uri")
+        if not isinstance(uri, str) or "data" in block:
+            return
+        if target.adapter.takes_uri(str(block.get("type")), uri):
+            return
+        fetched = await self._fetcher.fetch(uri)
+        block.pop("uri")
+        block["data"] = fetched.base64()
+        block.setdefault("mime_type", fetched.mime_type)
+
+
+class LineHistory:
+    """The turns before one interaction, as `loop.ports.History`."""
+
+    def __init__(
+        self, database: Database, cache: Cache, inliner: Inliner, line: Line | None
+    ) -> None:
+        self._database = database
+        self._cache = cache
+        self._inline = inliner
+        self._line = line
+
+    async def messages(self, target: Target) -> Sequence[bytes]:
+        """Every earlier turn as the target's messages."""
+        line = self._line
+        if line is None:
+            return ()
+        if line.idx is not None:
+            return (await self._compile_all(line, target, _Compiled(), start=0)).messages
+        known = self._cache.find(line.segment_id, target.id)
+        if known is not None and line.depth in known.ends:
+            return known.messages[: known.ends[line.depth]]
+        if known is not None and known.depth < line.depth:
+            before = known.size
+            await self._compile_all(line, target, known, start=known.depth + 1)
+            self._cache.grew(known.size - before)
+            return known.messages
+        compiled = await self._compile_all(line, target, _Compiled(), start=0)
+        self._cache.keep(line.segment_id, target.id, compiled)
+        return compiled.messages
+
+    async def own(self, steps: Sequence[Json], target: Target) -> list[bytes]:
+        """The running interaction's steps as the target's messages."""
+        return await self._compile(steps, target)
+
+    async def remember(
+        self, segment_id: UUID, depth: int, steps: Sequence[Json], target: Target
+    ) -> None:
+        """Keep the interaction that has just ended, so that the next turn need not read it."""
+        known = self._cache.find(segment_id, target.id)
+        if known is None:
+            if depth != 0:
+                return
+            known = _Compiled()
+            self._cache.keep(segment_id, target.id, known)
+        messages = await self._compile(steps, target)
+        if known.depth == depth - 1:
+            before = known.size
+            known.extend(depth, messages)
+            self._cache.grew(known.size - before)
+
+    async def _compile_all(
+        self, line: Line, target: Target, into: _Compiled, *, start: int
+    ) -> _Compiled:
+        rows = await store.history(self._database, line, start=start)
+        for depth, turn in groupby(rows, key=itemgetter(0)):
+            steps: list[Json] = [orjson.loads(data) for _, _, data in turn]
+            messages = await self._compile(steps, target)
+            # Two forks may be extending the same line; whoever compiles a turn first adds it.
+            if depth > into.depth:
+                into.extend(depth, messages)
+        if into.depth < line.depth:
+            into.extend(line.depth, ())
+        return into
+
+    async def _compile(self, steps: Sequence[Json], target: Target) -> list[bytes]:
+        shown = for_model(steps, provider=target.provider, model=target.model)
+        return target.adapter.compile(await self._inline(shown, target), target.model)

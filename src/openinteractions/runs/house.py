@@ -1,0 +1,52 @@
+"""Everything that runs in this process share."""
+
+from dataclasses import dataclass
+from datetime import timedelta
+from uuid import UUID
+
+from openinteractions.db.engine import Database
+from openinteractions.events.follow import Hub
+from openinteractions.events.log import Writer
+from openinteractions.jobs.runner import Member
+from openinteractions.loop.ports import Journal, Patience, Ports
+from openinteractions.loop.spec import Limits
+from openinteractions.models.catalog import Catalog
+from openinteractions.netguard import Fetcher
+from openinteractions.runs.history import Cache, Inliner, LineHistory
+from openinteractions.runs.purse import DayPurse
+from openinteractions.runs.store import Line
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class House:
+    """The connections of the execution wing."""
+
+    database: Database
+    hub: Hub
+    writer: Writer
+    member: Member
+    catalog: Catalog
+    fetcher: Fetcher
+    cache: Cache
+    patience: Patience
+    limits: Limits
+    """What the server itself allows a run."""
+    max_run_time: timedelta
+
+    def inliner(self, project_id: UUID) -> Inliner:
+        """Puts media back for a project's runs."""
+        return Inliner(self.database, self.fetcher, project_id)
+
+    def history(self, project_id: UUID, line: Line | None) -> LineHistory:
+        """The turns up to a place."""
+        return LineHistory(self.database, self.cache, self.inliner(project_id), line)
+
+    def ports(self, history: LineHistory, journal: Journal, purse: DayPurse | None) -> Ports:
+        """What one run is connected to."""
+        return Ports(
+            models=self.catalog,
+            history=history,
+            journal=journal,
+            purse=purse,
+            patience=self.patience,
+        )

@@ -1,0 +1,209 @@
+"""Where a run's progress goes: under its lease into the database, or into memory only."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from datetime import datetime
+from typing import Any, TypeVar
+
+import orjson
+import structlog
+
+from openinteractions.db.engine import LOST, Database
+from openinteractions.errors import LeaseLost
+from openinteractions.events.follow import Hub
+from openinteractions.events.log import Stream, Writer
+from openinteractions.events.types import Event, join
+from openinteractions.loop.spec import RunState
+from openinteractions.loop.turn import Show
+from openinteractions.models.port import Json
+from openinteractions.resources.files import media
+from openinteractions.resources.files import store as files
+from openinteractions.resources.interactions.store import Interaction, StoredStep
+from openinteractions.runs import store
+from openinteractions.runs.store import Ending, Progress
+
+_log = structlog.get_logger(__name__)
+_T = TypeVar("_T")
+
+_FIRST_WAIT_S = 0.1
+_LONGEST_WAIT_S = 2.0
+_PATIENCE_S = 60.0
+"""How long a commit waits for a database that went away."""
+
+
+class DatabaseJournal:
+    """Commits steps under the run's epoch. Implements `loop.ports.Journal`."""
+
+    def __init__(
+        self,
+        database: Database,
+        writer: Writer,
+        hub: Hub,
+        *,
+        interaction: Interaction,
+        stream: Stream,
+        next_index: int,
+    ) -> None:
+        self._database = database
+        self._writer = writer
+        self._hub = hub
+        self._row = interaction
+        self._stream = stream
+        self._next = next_index
+        self.stored: list[StoredStep] = []
+        """Generated steps that are committed, as their rows hold them."""
+
+    @property
+    def show(self) -> Show | None:
+        """Takes events; None where the interaction has no log."""
+        return self._emit if self._row.logged else None
+
+    def _emit(self, *events: Event) -> None:
+        self._writer.emit(self._stream, *events)
+
+    async def commit(self, steps: Sequence[Json], state: RunState) -> None:
+        """Make steps durable, after every event that was shown before."""
+        await _whole(self._commit(steps, state))
+
+    async def finish(self, steps: Sequence[Json], state: RunState, ending: Ending) -> datetime:
+        """Write the run's end; returns the interaction's `updated_at`."""
+        return await _whole(self._finish(steps, state, ending))
+
+    def end_events(self, events: Sequence[Event]) -> None:
+        """Queue the stream's last events; `finish` writes them."""
+        if self._row.logged:
+            self._stream.pending.extend(events)
+
+    async def _commit(self, steps: Sequence[Json], state: RunState) -> None:
+        rows = await self._prepare(steps)
+        async with self._stream.exclusive() as (seq, events):
+            progress = self._progress(rows, state, seq, events)
+            await _until_back(lambda: store.commit(self._database, progress))
+            self._committed(rows, seq, events)
+
+    async def _finish(self, steps: Sequence[Json], state: RunState, ending: Ending) -> datetime:
+        rows = await self._prepare(steps)
+        async with self._stream.exclusive() as (seq, events):
+            progress = self._progress(rows, state, seq, events)
+            updated_at = await _until_back(
+                lambda: store.finish(self._database, progress, ending),
+                settled=lambda: store.ended_by(
+                    self._database, progress.interaction_id, progress.epoch
+                ),
+            )
+            self._committed(rows, seq, events)
+        return updated_at
+
+    async def _prepare(self, steps: Sequence[Json]) -> list[StoredStep]:
+        rows: list[StoredStep] = []
+        blobs: list[media.Blob] = []
+        for step in steps:
+            bare, taken = media.take_out(step)
+            blobs += taken
+            rows.append(
+                StoredStep(self._next + len(rows), step["type"], bool(taken), orjson.dumps(bare))
+            )
+        if blobs:
+            await _until_back(
+                lambda: files.put(
+                    self._database,
+                    self._row.project_id,
+                    blobs,
+                    segment_id=self._row.segment_id,
+                    depth=self._row.depth,
+                )
+            )
+        return rows
+
+    def _progress(
+        self, rows: Sequence[StoredStep], state: RunState, seq: int, events: Sequence[Event]
+    ) -> Progress:
+        return Progress(
+            interaction_id=self._row.id,
+            epoch=self._stream.epoch,
+            run_state=state.dump(),
+            steps=rows,
+            seq=seq,
+            events=join(events) if events else None,
+        )
+
+    def _committed(self, rows: Sequence[StoredStep], seq: int, events: Sequence[Event]) -> None:
+        self.stored += rows
+        self._next += len(rows)
+        if events:
+            self._hub.publish(self._row.id, seq, events)
+            self._hub.announce([self._row.id])
+        else:
+            self._hub.wake(self._row.id)
+
+
+async def _whole(write: Coroutine[Any, Any, _T]) -> _T:
+    """See a write through. A cancel that comes meanwhile is delivered when it is done.
+
+    Cut off in the middle, it would be unknown whether the write took effect.
+    """
+    task = asyncio.get_running_loop().create_task(write, name="run-write")
+    cancelled = False
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            cancelled = True
+    result = task.result()
+    if cancelled:
+        raise asyncio.CancelledError
+    return result
+
+
+async def _until_back(
+    write: Callable[[], Awaitable[_T]],
+    *,
+    settled: Callable[[], Awaitable[_T | None]] | None = None,
+) -> _T:
+    """Write, and write again while the database is away.
+
+    Args:
+        write: The statement; writing it twice is harmless.
+        settled: Asked when a repeated write finds the lease gone: the first may have arrived.
+    """
+    wait = _FIRST_WAIT_S
+    waited = 0.0
+    is_repeated = False
+    while True:
+        try:
+            return await write()
+        except LeaseLost:
+            done = await settled() if settled is not None and is_repeated else None
+            if done is None:
+                raise
+            return done
+        except LOST as error:
+            if waited >= _PATIENCE_S:
+                raise
+            _log.warning("run.database_lost", error=type(error).__name__)
+            is_repeated = True
+            await asyncio.sleep(wait)
+            waited += wait
+            wait = min(wait * 2, _LONGEST_WAIT_S)
+
+
+class MemoryJournal:
+    """Keeps nothing: an unstored run's events go to its one reader. A `loop.ports.Journal`."""
+
+    def __init__(self, *, stream: bool) -> None:
+        self._wants_events = stream
+        self.events: list[Event] = []
+        self.wake = asyncio.Event()
+
+    @property
+    def show(self) -> Show | None:
+        """Takes events; None where the caller waits for the whole answer."""
+        return self.emit if self._wants_events else None
+
+    def emit(self, *events: Event) -> None:
+        """Queue events for the reader."""
+        self.events.extend(events)
+        self.wake.set()
+
+    async def commit(self, steps: Sequence[Json], state: RunState) -> None:
+        """Nothing is durable."""

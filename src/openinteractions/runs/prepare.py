@@ -1,0 +1,132 @@
+"""From a request to the run spec: aliases resolved, limits decided, everything checked up front."""
+
+from dataclasses import asdict
+from typing import Any
+
+from openinteractions.errors import Invalid
+from openinteractions.loop.context import for_model
+from openinteractions.loop.run import call_for
+from openinteractions.loop.spec import Limits, RunSpec
+from openinteractions.loop.structured import enforced, require_schema
+from openinteractions.models.catalog import Catalog, Target
+from openinteractions.models.port import Json
+from openinteractions.resources.files import media
+from openinteractions.resources.interactions.runner import Prepared
+from openinteractions.runs.history import Inliner
+from openinteractions.wire.create import CreateInteraction
+
+_NANO = 1_000_000_000
+
+
+async def prepare(
+    request: CreateInteraction, catalog: Catalog, inliner: Inliner, defaults: Limits
+) -> Prepared:
+    """Resolve a request and make sure that its model can serve it.
+
+    Raises:
+        Invalid: Something in it cannot be honoured; the message names it.
+        NotFound: No such model.
+    """
+    _refuse_later_features(request)
+    assert request.model is not None
+    tools = [_tool(tool, number) for number, tool in enumerate(request.tools)]
+    if request.json_schema:
+        require_schema(request.json_schema, "response_format.schema")
+    spec = RunSpec(
+        chain=catalog.resolve(request.model),
+        system=request.system_instruction,
+        tools=tools,
+        tool_choice=request.tool_choice,
+        generation=request.generation_config,
+        json_schema=None if request.json_schema is None else enforced(request.json_schema),
+        response_formats=request.media_formats,
+        modalities=request.response_modalities,
+        safety_settings=request.safety_settings,
+        service_tier=request.service_tier,
+        limits=limits(request.limits, defaults),
+    )
+    target = catalog.open(spec.chain[0])
+    _require_price(spec, catalog)
+    steps = await _fetched(request.steps, target, inliner)
+    shown = for_model(steps, provider=target.provider, model=target.model)
+    target.adapter.compile(await inliner(shown, target), target.model)
+    warnings = target.adapter.check(call_for(spec, target, (), spec.generation))
+    return Prepared(
+        spec=spec.dump(),
+        provider=target.provider,
+        steps=steps,
+        warnings=[asdict(warning) for warning in warnings],
+    )
+
+
+def limits(asked: Json, defaults: Limits) -> Limits:
+    """The caller's limits within the server's."""
+    cost = asked.get("max_cost_usd")
+    return Limits(
+        max_total_tokens=asked.get("max_total_tokens"),
+        max_cost_nanousd=None if cost is None else round(cost * _NANO),
+        max_steps=_least(asked.get("max_steps"), defaults.max_steps),
+        max_seconds=_least(asked.get("max_seconds"), defaults.max_seconds),
+    )
+
+
+def _least(asked: Any, most: Any) -> Any:  # noqa: ANN401 - int or float
+    return most if asked is None or (most is not None and most < asked) else asked
+
+
+def _refuse_later_features(request: CreateInteraction) -> None:
+    """What this version does not have yet gets a clear answer, never silence (invariant 10)."""
+    missing = {
+        "agent": request.agent is not None,
+        "background": request.background,
+        "environment": request.environment is not None,
+        "cached_content": request.cached_content is not None,
+    }
+    for name, is_asked in missing.items():
+        if is_asked:
+            raise Invalid(f"'{name}' is not supported by this version of the server yet.")
+    if request.continuation_token is not None:
+        raise Invalid(
+            "Invalid value at 'continuation_token': this server has issued no such token."
+        )
+
+
+def _tool(tool: Json, number: int) -> Json:
+    if tool["type"] != "function":
+        return tool
+    if tool.get("defer_loading"):
+        raise Invalid(
+            f"'tools[{number}].defer_loading' is not supported by this version of the server yet."
+        )
+    parameters = tool.get("parameters")
+    if not isinstance(parameters, dict):
+        return tool
+    require_schema(parameters, f"tools[{number}].parameters")  # pyright: ignore[reportUnknownArgumentType]
+    return {**tool, "parameters": enforced(parameters)}
+
+
+def _require_price(spec: RunSpec, catalog: Catalog) -> None:
+    if spec.limits.max_cost_nanousd is None:
+        return
+    for name in spec.chain:
+        if catalog.open(name).price is None:
+            raise Invalid(
+                f"'limits.max_cost_usd' cannot be kept: no price is known for '{name}'. "
+                "The operator can set one in [models.prices]."
+            )
+
+
+async def _fetched(steps: list[Json], target: Target, inliner: Inliner) -> list[Json]:
+    """The input with the bytes of every `uri` that the model does not fetch itself beside it."""
+    if not any(
+        "uri" in block and not target.adapter.takes_uri(str(block.get("type")), block["uri"])
+        for step in steps
+        for block in media.blocks(step)
+    ):
+        return steps
+    inlined = await inliner(steps, target)
+    for step, full in zip(steps, inlined, strict=True):
+        for block, fetched in zip(media.blocks(step), media.blocks(full), strict=True):
+            if "uri" in block and "data" in fetched:
+                fetched["uri"] = block["uri"]
+    return inlined

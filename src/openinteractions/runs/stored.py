@@ -1,0 +1,245 @@
+"""Driving one stored run: from its rows, through the loop, to its end."""
+
+import asyncio
+from dataclasses import asdict, dataclass, field
+from uuid import UUID
+
+import orjson
+import structlog
+
+from openinteractions import clock, ids
+from openinteractions.db.engine import LOST
+from openinteractions.errors import EngineError, Invalid, LeaseLost
+from openinteractions.events.log import Stream
+from openinteractions.events.types import ENDED, Event
+from openinteractions.loop.context import resumption_note
+from openinteractions.loop.run import Outcome, Run
+from openinteractions.loop.spec import RunSpec, RunState
+from openinteractions.loop.turn import RPC_UNAVAILABLE, fold, whole_step_events
+from openinteractions.models.port import Json
+from openinteractions.resources.interactions.runner import Ended
+from openinteractions.resources.interactions.store import Interaction
+from openinteractions.runs.house import House
+from openinteractions.runs.journal import DatabaseJournal
+from openinteractions.runs.purse import DayPurse
+from openinteractions.runs.store import Ending, Line, Spend
+from openinteractions.wire.events import completed, encode, error, status_update, step_stop
+from openinteractions.wire.usage import EMPTY_USAGE
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True, kw_only=True)
+class StoredRun:
+    """A run that this process owns, as its rows stand."""
+
+    interaction: Interaction
+    spec: bytes
+    state: RunState
+    epoch: int
+    key_id: UUID | None
+    is_budgeted: bool
+    inputs: list[Json]
+    generated: list[Json] = field(default_factory=list[Json])
+    """Committed steps that it has generated so far."""
+    events_written: int = 0
+    """By this epoch, before the run began."""
+    shown: list[Event] = field(default_factory=list[Event])
+    """Everything that readers have seen, where an earlier owner was cut off."""
+    is_cancelled: bool = False
+    """It is to end at once."""
+    is_hopeless: bool = False
+    """Its workers died of it too often: it is to end as failed (ruling R6)."""
+
+
+async def drive(house: House, stored: StoredRun) -> Ended:
+    """Run to the end and write it.
+
+    Raises:
+        LeaseLost: Another worker owns the run.
+        CancelledError: The process stops; the run goes on elsewhere.
+    """
+    row = stored.interaction
+    stream = Stream.begin(row.id, stored.epoch, row.created_at, written=stored.events_written)
+    journal = DatabaseJournal(
+        house.database,
+        house.writer,
+        house.hub,
+        interaction=row,
+        stream=stream,
+        next_index=row.input_count + len(stored.generated),
+    )
+    line = None
+    if row.depth > 0:
+        line = Line(project_id=row.project_id, segment_id=row.segment_id, depth=row.depth - 1)
+    history = house.history(row.project_id, line)
+    purse = DayPurse(house.database, row.project_id, stored.key_id) if stored.is_budgeted else None
+    await _close_broken(stored, journal)
+    run = Run(
+        RunSpec.load(stored.spec),
+        stored.state,
+        inputs=stored.inputs,
+        generated=stored.generated,
+        ports=house.ports(history, journal, purse),
+    )
+    outcome = await _outcome(house, stored, run)
+    ended = await _finish(stored, run, journal, outcome)
+    await _remember(house, stored, run)
+    return ended
+
+
+async def _outcome(house: House, stored: StoredRun, run: Run) -> Outcome:
+    """Drive the loop; a limit of time, a cancel and a bug are outcomes too."""
+    interaction_id = stored.interaction.id
+    if stored.is_cancelled:
+        return Outcome("cancelled")
+    if stored.is_hopeless:
+        message = "The run's workers died too often without progress."
+        return Outcome("failed", [{"code": "worker_lost", "message": message}])
+    limit = run.spec.limits.max_seconds
+    left = None if limit is None else max(0.0, limit - stored.state.seconds)
+    scope = asyncio.timeout(left)
+    try:
+        async with scope:
+            return await run.drive()
+    except TimeoutError:
+        if not scope.expired():
+            raise
+        run.interrupt("The run's time limit is reached.")
+        message = f"The limit max_seconds = {limit:g} is reached."
+        return Outcome("budget_exceeded", [{"code": "budget_exceeded", "message": message}])
+    except asyncio.CancelledError:
+        if not house.member.was_cancelled(interaction_id):
+            raise
+        run.interrupt("The interaction was cancelled.")
+        return Outcome("cancelled")
+    except (LeaseLost, *LOST):
+        raise
+    except EngineError as failure:
+        run.interrupt(failure.message)
+        return Outcome("failed", [{"code": failure.code, "message": failure.message}])
+    except Exception:
+        _log.exception("run.crashed", interaction_id=interaction_id.hex)
+        run.interrupt("Internal error.")
+        message = "Internal error. The server's log has the details."
+        return Outcome("failed", [{"code": "internal", "message": message}])
+
+
+async def _close_broken(stored: StoredRun, journal: DatabaseJournal) -> None:
+    """Invariant 3 after a takeover: what readers saw of an unfinished turn stays, marked."""
+    shown = fold(stored.shown)[len(stored.generated) :]
+    if not shown:
+        return
+    goes_on = not (stored.is_cancelled or stored.is_hopeless)
+    steps: list[Json] = []
+    for step, is_finished in shown:
+        index = len(stored.generated) + len(steps)
+        if not is_finished:
+            if step["type"] == "model_output":
+                message = "The worker that ran this was lost."
+                step["error"] = {"code": RPC_UNAVAILABLE, "message": message}
+            journal.end_events([Event.stop(index, encode(step_stop(index)))])
+        steps.append(step)
+    if goes_on:
+        note = resumption_note(
+            kind="resumed",
+            text="The answer was interrupted; it starts again below.",
+            discards=len(steps),
+        )
+        journal.end_events(whole_step_events(len(stored.generated) + len(steps), note))
+        steps.append(note)
+    await journal.commit(steps, stored.state)
+    stored.generated += steps
+
+
+async def _finish(stored: StoredRun, run: Run, journal: DatabaseJournal, outcome: Outcome) -> Ended:
+    row = stored.interaction
+    state = run.state
+    usage = state.usage or dict(EMPTY_USAGE)
+    journal.end_events(_last_events(row, outcome, usage))
+    warnings = [*orjson.loads(row.warnings or b"[]"), *map(asdict, outcome.warnings)]
+    ending = Ending(
+        status=outcome.status,
+        usage=orjson.dumps(usage),
+        errors=orjson.dumps(outcome.errors) if outcome.errors else None,
+        warnings=orjson.dumps(warnings) if warnings else None,
+        spend=spend_of(run, stored.key_id),
+    )
+    updated_at = await journal.finish(run.uncommitted, state, ending)
+    _log.info(
+        "interaction.ended",
+        interaction_id=row.id.hex,
+        project_id=row.project_id.hex,
+        status=outcome.status,
+        steps=len(run.generated),
+        tokens=usage.get("total_tokens", 0),
+        seconds=round(state.seconds, 3),
+        error=outcome.errors[0]["code"] if outcome.errors else None,
+    )
+    return Ended(
+        status=outcome.status,
+        created_at=row.created_at,
+        updated_at=updated_at,
+        steps=journal.stored,
+        usage=ending.usage,
+        errors=ending.errors,
+        warnings=ending.warnings,
+    )
+
+
+def spend_of(run: Run, key_id: UUID | None) -> Spend:
+    """What a run took, for the ledger."""
+    usage = run.state.usage
+    chain = run.spec.chain
+    return Spend(
+        key_id=key_id,
+        model=chain[min(run.state.fallback, len(chain) - 1)],
+        input_tokens=int(usage.get("total_input_tokens", 0)),
+        cached_tokens=int(usage.get("total_cached_tokens", 0)),
+        output_tokens=int(usage.get("total_output_tokens", 0))
+        + int(usage.get("total_thought_tokens", 0)),
+        cost_nanousd=run.state.cost_nanousd,
+    )
+
+
+def _last_events(row: Interaction, outcome: Outcome, usage: Json) -> list[Event]:
+    """How the stream of a run that ended so ends."""
+    if outcome.status == "failed":
+        fault = outcome.errors[0]
+        return [Event("e", ENDED, encode(error(fault["code"], fault["message"])))]
+    public = ids.interaction_id(row.id)
+    fields = {
+        "id": public,
+        "object": "interaction",
+        "status": outcome.status,
+        "model": row.model,
+        "agent": row.agent,
+        "created": clock.rfc3339(row.created_at),
+        "updated": clock.rfc3339(clock.now()),
+        "usage": usage,
+    }
+    if row.echo is not None:
+        fields["service_tier"] = orjson.loads(row.echo).get("service_tier")
+    events = [Event("f", ENDED, encode(completed(fields)))]
+    if outcome.status == "cancelled":
+        update = encode(status_update(public, "cancelled"))
+        events.insert(0, Event("u", ENDED._replace(offset=-1), update))
+    return events
+
+
+async def _remember(house: House, stored: StoredRun, run: Run) -> None:
+    """Keep the ended turn compiled, for the next one."""
+    row = stored.interaction
+    chain = run.spec.chain
+    if run.state.fallback >= len(chain):
+        return
+    history = house.history(row.project_id, None)
+    try:
+        await history.remember(
+            row.segment_id,
+            row.depth,
+            [*stored.inputs, *run.generated],
+            house.catalog.open(chain[run.state.fallback]),
+        )
+    except (Invalid, *LOST):
+        _log.debug("history.not_kept", interaction_id=row.id.hex)

@@ -1,0 +1,1 @@
+"""The worker: claims jobs; one file for each job kind."""

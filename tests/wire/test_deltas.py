@@ -1,0 +1,110 @@
+import copy
+
+import orjson
+from hypothesis import example, given, settings
+
+from openinteractions.wire.deltas import joined, merge, step_deltas, step_skeleton
+from tests.wire.strategies import STEP
+
+CITED = {"type": "url_citation", "url": "u", "start_index": 0, "end_index": 2}
+
+
+def replayed(step):
+    copied = copy.deepcopy(step_skeleton(step))
+    for delta in step_deltas(step):
+        merge(copied, orjson.loads(orjson.dumps(delta)))
+    return copied
+
+
+@settings(max_examples=600, deadline=None)
+@given(STEP)
+@example({"type": "function_call", "id": "a", "name": "f", "arguments": {}})
+@example({"type": "code_execution_result", "call_id": "a", "result": [], "is_error": False})
+def test_a_steps_start_and_deltas_make_the_step_again(step):
+    before = copy.deepcopy(step)
+    assert replayed(step) == joined(step)
+    assert joined(joined(step)) == joined(step)
+    assert step == before
+
+
+def test_a_text_is_one_delta_and_its_citations_another():
+    step = {
+        "type": "model_output",
+        "content": [
+            {"type": "text", "text": "Rome", "annotations": [CITED]},
+            {"type": "image", "mime_type": "image/png", "data": "AAAA"},
+        ],
+    }
+    assert step_skeleton(step) == {"type": "model_output"}
+    assert step_deltas(step) == [
+        {"type": "text", "text": "Rome"},
+        {"type": "text_annotation_delta", "annotations": [CITED]},
+        {"type": "image", "mime_type": "image/png", "data": "AAAA"},
+    ]
+
+
+def test_steps_begin_as_the_contract_shows():
+    call = {"type": "function_call", "id": "a", "name": "f", "arguments": {"x": "é"}}
+    assert step_skeleton(call) == {"type": "function_call", "id": "a", "name": "f", "arguments": {}}
+    assert step_deltas(call) == [{"type": "arguments_delta", "arguments": '{"x":"é"}'}]
+    thought = {"type": "thought", "signature": "s", "summary": [{"type": "text", "text": "t"}]}
+    assert step_skeleton(thought) == {"type": "thought"}
+    assert step_deltas(thought) == [
+        {"type": "thought_summary", "content": {"type": "text", "text": "t"}},
+        {"type": "thought_signature", "signature": "s"},
+    ]
+    code = {"type": "code_execution_call", "id": "a", "arguments": {"code": "1"}, "signature": "s"}
+    assert step_skeleton(code) == {
+        "type": "code_execution_call",
+        "id": "a",
+        "arguments": {},
+        "signature": "",
+    }
+    result = {"type": "function_result", "call_id": "a", "name": "f", "result": "r"}
+    assert step_deltas(result) == [{"type": "function_result", "name": "f", "result": "r"}]
+
+
+def test_neighbouring_texts_join_and_their_citations_move_by_bytes():
+    step = {
+        "type": "model_output",
+        "content": [
+            {"type": "text", "text": "é", "annotations": [CITED]},
+            {"type": "text", "text": "ab", "annotations": [CITED]},
+        ],
+    }
+    moved = {**CITED, "start_index": 2, "end_index": 4}
+    assert replayed(step)["content"] == [
+        {"type": "text", "text": "éab", "annotations": [CITED, moved]}
+    ]
+
+
+def test_live_pieces_add_up():
+    step = {"type": "model_output"}
+    for piece in ("Hel", "lo"):
+        merge(step, {"type": "text", "text": piece})
+    merge(step, {"type": "text_annotation_delta", "annotations": [CITED]})
+    for piece in ("AAAA", "AA==", "AAAA"):
+        merge(step, {"type": "audio", "mime_type": "audio/l16", "data": piece})
+    assert step["content"] == [
+        {"type": "text", "text": "Hello", "annotations": [CITED]},
+        {"type": "audio", "mime_type": "audio/l16", "data": "AAAAAAAAAA=="},
+    ]
+    call = {"type": "function_call", "id": "a", "name": "f", "arguments": {}}
+    for piece in ('{"a": "}', '{"', "}"):
+        merge(call, {"type": "arguments_delta", "arguments": piece})
+    assert call["arguments"] == {"a": "}{"}
+    thought = {"type": "thought"}
+    for signature in ("s", ""):
+        merge(thought, {"type": "thought_signature", "signature": signature})
+    assert thought == {"type": "thought", "signature": "s"}
+
+
+def test_deltas_out_of_place_do_no_harm():
+    step = {"type": "model_output"}
+    merge(step, {"type": "text_annotation_delta", "annotations": [CITED]})
+    assert step["content"] == [{"type": "text", "text": "", "annotations": [CITED]}]
+    thought = {"type": "thought"}
+    merge(thought, {"type": "thought_summary"})
+    call = {"type": "function_call", "arguments": {"a": 1}}
+    merge(call, {"type": "arguments_delta", "arguments": " "})
+    assert (thought, call["arguments"]) == ({"type": "thought"}, {"a": 1})
