@@ -82,9 +82,11 @@ el("td",p.schema.type||(p.schema.anyOf||[]).map(x=>x.type).join(" | "))));main.a
 const show=(title,content)=>{const d=el("details","",el("summary",title),
 el("pre",JSON.stringify(content,null,2)));main.append(d)};
 if(op.requestBody)show("Request body",op.requestBody.content);
-for(const[status,r]of Object.entries(op.responses))show(status+" "+(r.description||""),r.content||{})}
+for(const[status,r]of Object.entries(op.responses))
+show(status+" "+(r.description||""),r.content||{})}
 main.append(el("h2","Schemas"));for(const name of Object.keys(api.components.schemas)){
-main.append(el("details","",el("summary",name),el("pre",JSON.stringify(schema(name),null,2))))}
+main.append(el("details","",el("summary",name),
+el("pre",JSON.stringify(schema(name),null,2))))}
 }).catch(e=>{document.getElementById("main").textContent="Cannot load openapi.json: "+e});
 </script></body></html>
 """

@@ -30,7 +30,7 @@ def body(error: AppError) -> bytes:
 
 def response(error: RequestError) -> Response:
     """The answer that an error stands for."""
-    headers = {}
+    headers: dict[str, str] = {}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
     return Response(body(error), error.status, headers, media_type="application/json")

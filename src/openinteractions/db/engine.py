@@ -96,7 +96,8 @@ class Database:
 
     async def dedicated(self) -> Any:  # noqa: ANN401 - asyncpg ships no types
         """A connection outside the pool, for LISTEN; the caller closes it."""
-        return await asyncpg.connect(self._plain_url, timeout=10)
+        driver: Any = asyncpg
+        return await driver.connect(self._plain_url, timeout=10)
 
     async def ping(self) -> None:
         """Ask the database for a sign of life.

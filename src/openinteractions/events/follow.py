@@ -180,9 +180,12 @@ async def listen(
         def on_close(_: object, closed: asyncio.Event = closed) -> None:
             closed.set()
 
+        def on_notify(_: object, _pid: int, _channel: str, payload: str) -> None:
+            received(payload)
+
         try:
             connection.add_termination_listener(on_close)
-            await connection.add_listener(channel, lambda *args: received(args[3]))
+            await connection.add_listener(channel, on_notify)
             reconnected()
             await closed.wait()
             _log.warning("events.listener_lost", channel=channel)
@@ -249,8 +252,8 @@ class Tail:
                 [item[2] for item in batch],
                 _BATCH_ROWS,
             )
-        for number, seq, data in rows:
-            answers[number - 1].append((seq, data))
+        for row in rows:
+            answers[row[0] - 1].append((row[1], row[2]))
         return answers
 
 

@@ -44,7 +44,7 @@ KINDS = {
 class Position(NamedTuple):
     """Where in an interaction's stream an event stands."""
 
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride] - the contract's word
     offset: int
 
 

@@ -130,7 +130,7 @@ class Member:
             _log.warning("job.database_lost", job_id=job_id.hex, error=type(error).__name__)
         except asyncio.CancelledError:
             _log.info("job.stopped", job_id=job_id.hex)
-        except Exception:
+        except Exception:  # noqa: BLE001 - the job boundary
             _log.exception("job.crashed", job_id=job_id.hex)
         finally:
             self._owned.pop(job_id, None)

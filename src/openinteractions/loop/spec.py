@@ -44,7 +44,8 @@ class RunSpec:
     def load(cls, data: bytes) -> "RunSpec":
         """Read it back from the interaction's row."""
         values: dict[str, Any] = orjson.loads(data)
-        return cls(**(values | {"limits": Limits(**values["limits"])}))
+        values["limits"] = Limits(**values["limits"])
+        return cls(**values)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -88,9 +88,8 @@ def _validator(schema: bytes) -> Draft202012Validator:
 def mismatch(value: Any, schema: Json) -> str | None:  # noqa: ANN401 - any JSON
     """Why a JSON value does not obey a schema, in words a model understands; None if it does."""
     try:
-        error = _first(
-            _validator(orjson.dumps(schema, option=orjson.OPT_SORT_KEYS)).iter_errors(value)
-        )
+        validator: Any = _validator(orjson.dumps(schema, option=orjson.OPT_SORT_KEYS))
+        error = _first(validator.iter_errors(value))
     except Unresolvable as problem:
         return f"the schema refers to something it does not define ({problem})"[:_MESSAGE_CHARS]
     if error is None:

@@ -1,1 +1,1 @@
-"""The control plane: one folder for each REST resource, always routes / service / store / schemas."""
+"""The control plane: one folder for each REST resource: routes, service, store, schemas."""

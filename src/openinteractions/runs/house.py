@@ -1,7 +1,6 @@
 """Everything that runs in this process share."""
 
 from dataclasses import dataclass
-from datetime import timedelta
 from uuid import UUID
 
 from openinteractions.db.engine import Database
@@ -31,7 +30,6 @@ class House:
     patience: Patience
     limits: Limits
     """What the server itself allows a run."""
-    max_run_time: timedelta
 
     def inliner(self, project_id: UUID) -> Inliner:
         """Puts media back for a project's runs."""

@@ -88,7 +88,9 @@ async def drive(house: House, stored: StoredRun) -> Ended:
     return ended
 
 
-async def _outcome(house: House, stored: StoredRun, run: Run) -> Outcome:
+async def _outcome(  # noqa: PLR0911 - one for each way to end
+    house: House, stored: StoredRun, run: Run
+) -> Outcome:
     """Drive the loop; a limit of time, a cancel and a bug are outcomes too."""
     interaction_id = stored.interaction.id
     if stored.is_cancelled:
@@ -118,7 +120,7 @@ async def _outcome(house: House, stored: StoredRun, run: Run) -> Outcome:
     except EngineError as failure:
         run.interrupt(failure.message)
         return Outcome("failed", [{"code": failure.code, "message": failure.message}])
-    except Exception:
+    except Exception:  # noqa: BLE001 - a bug ends its run, not its worker
         _log.exception("run.crashed", interaction_id=interaction_id.hex)
         run.interrupt("Internal error.")
         message = "Internal error. The server's log has the details."

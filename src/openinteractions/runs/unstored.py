@@ -48,7 +48,11 @@ class InMemory:
         """What its stream shows, in batches; an empty one is a sign of life."""
         # Nothing can be looked up by this id: it only joins the events of one stream.
         public = ids.interaction_id(ids.uuid7())
-        fields = {"id": public, "object": "interaction", "model": self._unstored.model}
+        fields: dict[str, object] = {
+            "id": public,
+            "object": "interaction",
+            "model": self._unstored.model,
+        }
         yield [
             Event("c", CREATED, encode(created({**fields, "status": "in_progress"}))),
             Event("u", IN_PROGRESS, encode(status_update(public, "in_progress"))),

@@ -72,7 +72,7 @@ def hashes(steps: Sequence[Json]) -> list[bytes]:
 
 
 def put_back(step: Json, blobs: Mapping[bytes, Blob], *, for_model: bool) -> Json:
-    """The step with its media inline: for a model the bytes, for a reader the `uri` if it has one."""
+    """The step with its media inline: a model gets the bytes, a reader the `uri` if it has."""
     for block in blocks(step):
         reference = block.pop("blob", None)
         if reference is None or ("uri" in block and not for_model):

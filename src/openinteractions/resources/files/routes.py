@@ -18,7 +18,7 @@ _HASH_DIGITS = 64
     responses={200: {"description": "The bytes.", "content": {"*/*": {}}}, **ERRORS},
 )
 async def get_media(request: Request, caller: CallerDep, sha256: str) -> Response:
-    """The bytes of a generated image, audio or video. (An addition to the contract.)"""
+    """The bytes of a generated image, audio or video. An addition to the contract."""
     try:
         key = bytes.fromhex(sha256) if len(sha256) == _HASH_DIGITS else b""
     except ValueError:

@@ -39,7 +39,8 @@ _STATUSES = frozenset(
 
 
 def _service(request: Request) -> Service:
-    return request.app.state.interactions
+    here: Service = request.app.state.interactions
+    return here
 
 
 @router.post(
@@ -88,7 +89,7 @@ async def _create_unstored(here: Service, caller: Caller, parsed: CreateInteract
     response_model=None,
     responses={200: json_response(InteractionList), **ERRORS},
 )
-async def list_interactions(
+async def list_interactions(  # noqa: PLR0913 - one for each query field
     request: Request,
     caller: CallerDep,
     *,
@@ -101,7 +102,7 @@ async def list_interactions(
     created_after: datetime | None = None,
     created_before: datetime | None = None,
 ) -> Response:
-    """List interactions, newest first, without their steps. (An addition to the contract.)
+    """List interactions, newest first, without their steps. An addition to the contract.
 
     `status` and `label` (as `key:value`) may be repeated: any of the statuses, all of the labels.
     """

@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
+from typing import cast
 
 import orjson
 
@@ -94,7 +95,7 @@ async def unstored(run: MemoryRun) -> AsyncIterator[bytes]:
 
 async def _logged(service_: Service, row: Interaction, after: Cursor) -> AsyncIterator[bytes]:
     if after.position >= ENDED:
-        # A reader that reconnects after the last event loops until it sees one that ends the stream.
+        # Who reconnects after the last event goes on until one ends the stream: send it again.
         after = replace(after, seq=after.seq - 1)
     quiet_since = time.monotonic()
     with service_.hub.subscribe(row.id) as subscription:
@@ -131,10 +132,9 @@ async def _follow(
 
 async def _from_steps(service_: Service, row: Interaction, after: Cursor) -> AsyncIterator[bytes]:
     position = after.position
-    shown: Interaction | None = row
     quiet_since = time.monotonic()
     with service_.hub.subscribe(row.id) as subscription:
-        while shown is not None:
+        while True:
             subscription.wake.clear()
             shown = await store.get(service_.database, row.project_id, row.id)
             if shown is None:
@@ -193,8 +193,8 @@ def _pieces(delta: dict[str, object]) -> Iterator[tuple[dict[str, object], int]]
     """A delta in pieces that a reader can resume between; its units count as in the loop."""
     text = delta.get("text")
     if delta["type"] != "text" or not isinstance(text, str):
-        content = delta.get("content")
-        inner = content.get("text") if isinstance(content, dict) else None  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+        content = cast("dict[str, object]", delta.get("content") or {})
+        inner = content.get("text")
         yield delta, len(inner) if isinstance(inner, str) else 1
         return
     for start in range(0, len(text), _PIECE_CHARS):
@@ -217,10 +217,10 @@ def _rest(event: Event, position: Position) -> Event:
         return event
     data = orjson.loads(event.data)
     delta = data["delta"]
-    holder = delta if delta["type"] == "text" else delta.get("content")
-    if not isinstance(holder, dict) or not isinstance(holder.get("text"), str):  # pyright: ignore[reportUnknownMemberType]
+    holder = delta if delta["type"] == "text" else delta.get("content", {})
+    text = holder.get("text")
+    if not isinstance(text, str):
         return event
-    text: str = holder["text"]  # pyright: ignore[reportUnknownVariableType]
     lacking = event.position.offset - position.offset
     if lacking < len(text):
         holder["text"] = text[-lacking:]
