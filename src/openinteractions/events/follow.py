@@ -243,7 +243,7 @@ class Tail:
                     future.set_result(rows)
 
     async def _query(self, batch: Sequence[_Question]) -> list[_Rows]:
-        answers: list[_Rows] = [[] for _ in batch]
+        answers: list[_Rows] = [list[tuple[int, bytes]]() for _ in batch]
         async with self._database.hot() as connection:
             rows = await connection.fetch(
                 _TAIL,
