@@ -48,6 +48,7 @@ def create_app(settings: Settings, process: Process, authenticate: Authenticator
     )
     app.state.authenticate = authenticate
     app.state.limits = settings.limits
+    app.state.public_url = (settings.public_url or "").rstrip("/")
     app.state.database = process.database
     app.state.process = process
     app.state.interactions = Service(

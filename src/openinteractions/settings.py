@@ -46,7 +46,7 @@ def _duration(value: object) -> object:
 
 Duration = Annotated[timedelta, BeforeValidator(_duration)]
 
-ProviderKind = Literal["openai", "gemini", "anthropic", "local", "scripted"]
+ProviderKind = Literal["openai", "gemini", "anthropic", "local"]
 
 
 class _Group(BaseModel):
@@ -57,7 +57,7 @@ class ProviderSettings(_Group):
     """One upstream, addressed as `<name>/<model>`."""
 
     kind: ProviderKind
-    """Its wire format: `openai`, `gemini`, `anthropic`, `local`, or `scripted` (tests, demos)."""
+    """Its wire format: `openai`, `gemini`, `anthropic` or `local`."""
     base_url: str | None = None
     """Root of its API; the vendor's public address if left out."""
     api_key: SecretStr | None = None

@@ -13,6 +13,7 @@ import uvicorn
 from openinteractions.api.scope import Authenticator
 from openinteractions.app import create_app
 from openinteractions.cli import database as databases
+from openinteractions.cli.protocol import BoundedHttpProtocol
 from openinteractions.db import migrate
 from openinteractions.db.engine import Database
 from openinteractions.errors import SetupError
@@ -48,7 +49,7 @@ async def serve(settings: Settings, *, auth: bool, worker: bool) -> None:
                 uvicorn.Config(
                     app,
                     loop="none",
-                    http="httptools",
+                    http=BoundedHttpProtocol,
                     ws="none",
                     lifespan="off",
                     log_config=None,
@@ -56,7 +57,6 @@ async def serve(settings: Settings, *, auth: bool, worker: bool) -> None:
                     server_header=False,
                     timeout_keep_alive=75,
                     timeout_graceful_shutdown=_STOP_GRACE_S,
-                    h11_max_incomplete_event_size=64 * 1024,
                 )
             )
             host, port = listener.getsockname()[:2]

@@ -204,9 +204,7 @@ class Tail:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._waiting: list[
-            tuple[UUID, datetime, int, asyncio.Future[list[tuple[int, bytes]]]]
-        ] = []
+        self._waiting: list[_Question] = []
         self._wake = asyncio.Event()
 
     async def read(self, interaction_id: UUID, born: datetime, seq: int) -> _Rows:
@@ -243,7 +241,7 @@ class Tail:
                     future.set_result(rows)
 
     async def _query(self, batch: Sequence[_Question]) -> list[_Rows]:
-        answers: list[_Rows] = [list[tuple[int, bytes]]() for _ in batch]
+        answers = [list[tuple[int, bytes]]() for _ in batch]
         async with self._database.hot() as connection:
             rows = await connection.fetch(
                 _TAIL,
@@ -253,7 +251,7 @@ class Tail:
                 _BATCH_ROWS,
             )
         for row in rows:
-            answers[row[0] - 1].append((row[1], row[2]))
+            answers[int(row[0]) - 1].append((row[1], row[2]))
         return answers
 
 

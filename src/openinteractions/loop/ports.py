@@ -55,6 +55,10 @@ class Journal(Protocol):
         """
         ...
 
+    async def by_uri(self, content: Json, base_url: str) -> Json:
+        """Keep a generated medium and give the block that refers to it by `uri`."""
+        ...
+
 
 class Purse(Protocol):
     """The day's budgets of the key and the project that pay for a run."""

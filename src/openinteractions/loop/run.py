@@ -26,7 +26,7 @@ from openinteractions.loop.spec import RunSpec, RunState
 from openinteractions.loop.structured import arguments_mismatch, text_mismatch
 from openinteractions.loop.turn import RPC_UNAVAILABLE, Turn
 from openinteractions.models.catalog import Target
-from openinteractions.models.port import Json, ModelCall, ToolCall, Warning  # noqa: A004 - the contract's word
+from openinteractions.models.port import Json, Media, ModelCall, ToolCall, Warning  # noqa: A004 - the contract's word
 from openinteractions.wire.usage import add_usage
 
 _log = structlog.get_logger(__name__)
@@ -170,13 +170,21 @@ class Run:
         try:
             async with target.adapter.stream(call) as events:
                 async for event in events:
-                    turn.add(event)
+                    turn.add(await self._delivered(event) if isinstance(event, Media) else event)
             if turn.finished is None:
                 raise ModelUnavailable("The upstream's answer ended early.")
             usage = turn.finished.usage
         finally:
             await self._account(target, usage)
         self._turn = None
+
+    async def _delivered(self, event: Media) -> Media:
+        """A medium as the caller asked for it: inline, or by `uri`."""
+        kind = event.content["type"]
+        wanted = (f for f in self.spec.response_formats if f["type"] == kind)
+        if not any(entry.get("delivery") == "uri" for entry in wanted):
+            return event
+        return Media(await self._ports.journal.by_uri(event.content, self.spec.media_url))
 
     async def _call(self, target: Target) -> tuple[ModelCall, dict[str, int]]:
         messages = [

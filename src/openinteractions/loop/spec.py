@@ -34,6 +34,8 @@ class RunSpec:
     modalities: list[str] = field(default_factory=list[str])
     safety_settings: list[Json] = field(default_factory=list[Json])
     service_tier: str | None = None
+    media_url: str = ""
+    """This server's base URL, for media that are delivered by `uri`."""
     limits: Limits = field(default_factory=Limits)
 
     def dump(self) -> bytes:

@@ -166,7 +166,7 @@ class Turn:
         step = self._start("model_output")
         self._close_block()
         step["content"].append(content)
-        self._delta(content)
+        self._delta({key: value for key, value in content.items() if key != "blob"})
 
     def _delta(self, delta: Json) -> None:
         self._offset += 1

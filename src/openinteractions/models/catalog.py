@@ -132,9 +132,6 @@ def _adapter(
         if local is None:
             raise SetupError(f"providers.{name}: the local model needs the `local` extra")
         return local
-    if provider.kind == "scripted":
-        module = importlib.import_module("openinteractions.models.scripted")
-        return module.ScriptedModel()
     module = importlib.import_module(f"openinteractions.models.{provider.kind}")
     base_url = provider.base_url or _PUBLIC[provider.kind]
     headers = module.headers(provider.key()) | {

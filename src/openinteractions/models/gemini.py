@@ -39,7 +39,7 @@ class GeminiModel:
     def __init__(self, upstream: Upstream, *, provider: str) -> None:
         self._upstream = upstream
         self.provider = provider
-        base_url = upstream._base_url  # noqa: SLF001 # pyright: ignore[reportPrivateUsage] - no public one yet
+        base_url = upstream.base_url
         self._prefix = "" if _VERSIONED.search(base_url) else "/v1beta"
 
     def compile(self, steps: Sequence[Json], model: str) -> list[bytes]:

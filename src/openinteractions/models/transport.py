@@ -28,6 +28,7 @@ _OVERFLOW_MARKS = (
     "exceeds the maximum number of tokens",
     "exceeds the available context size",
     "context window",
+    "exceed context limit",
 )
 _MAX_ERROR_BYTES = 64 * 1024
 _MAX_EVENT_BYTES = 64 * 2**20
@@ -145,6 +146,11 @@ class Upstream:
             sock_connect=connect_timeout.total_seconds(),
             sock_read=idle_timeout.total_seconds(),
         )
+
+    @property
+    def base_url(self) -> str:
+        """The root of the provider's API, without a trailing slash."""
+        return self._base_url
 
     @asynccontextmanager
     async def post(

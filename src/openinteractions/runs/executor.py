@@ -42,11 +42,17 @@ class Executor:
         """This process among the workers."""
         return self._house.member.worker_id
 
-    async def prepare(self, project_id: UUID, request: CreateInteraction) -> Prepared:
+    async def prepare(
+        self, project_id: UUID, request: CreateInteraction, base_url: str
+    ) -> Prepared:
         """Resolve a request and make sure that its model can serve it."""
         house = self._house
         return await prepare.prepare(
-            request, house.catalog, house.inliner(project_id), house.limits
+            request,
+            house.catalog,
+            house.inliner(project_id),
+            defaults=house.limits,
+            base_url=base_url,
         )
 
     def start(self, lease: Lease) -> "asyncio.Future[Ended | None]":

@@ -74,6 +74,12 @@ class DatabaseJournal:
         if self._row.logged:
             self._stream.pending.extend(events)
 
+    async def by_uri(self, content: Json, base_url: str) -> Json:
+        """Keep a generated medium and give the block that refers to it by `uri`."""
+        block, blob = media.keep_by_uri(content, base_url)
+        await self._keep([blob])
+        return block
+
     async def _commit(self, steps: Sequence[Json], state: RunState) -> None:
         rows = await self._prepare(steps)
         async with self._stream.exclusive() as (seq, events):
@@ -101,19 +107,28 @@ class DatabaseJournal:
             bare, taken = media.take_out(step)
             blobs += taken
             rows.append(
-                StoredStep(self._next + len(rows), step["type"], bool(taken), orjson.dumps(bare))
-            )
-        if blobs:
-            await _until_back(
-                lambda: files.put(
-                    self._database,
-                    self._row.project_id,
-                    blobs,
-                    segment_id=self._row.segment_id,
-                    depth=self._row.depth,
+                StoredStep(
+                    self._next + len(rows),
+                    step["type"],
+                    bool(media.hashes([bare])),
+                    orjson.dumps(bare),
                 )
             )
+        if blobs:
+            await self._keep(blobs)
         return rows
+
+    async def _keep(self, blobs: Sequence[media.Blob]) -> None:
+        row = self._row
+        await _until_back(
+            lambda: files.put(
+                self._database,
+                row.project_id,
+                blobs,
+                segment_id=row.segment_id,
+                depth=row.depth,
+            )
+        )
 
     def _progress(
         self, rows: Sequence[StoredStep], state: RunState, seq: int, events: Sequence[Event]
@@ -207,3 +222,8 @@ class MemoryJournal:
 
     async def commit(self, steps: Sequence[Json], state: RunState) -> None:
         """Nothing is durable."""
+
+    async def by_uri(self, content: Json, base_url: str) -> Json:
+        """Nothing is kept, so it stays inline; `prepare` refuses to be asked for anything else."""
+        del base_url
+        return content

@@ -19,7 +19,12 @@ _NANO = 1_000_000_000
 
 
 async def prepare(
-    request: CreateInteraction, catalog: Catalog, inliner: Inliner, defaults: Limits
+    request: CreateInteraction,
+    catalog: Catalog,
+    inliner: Inliner,
+    *,
+    defaults: Limits,
+    base_url: str,
 ) -> Prepared:
     """Resolve a request and make sure that its model can serve it.
 
@@ -43,6 +48,7 @@ async def prepare(
         modalities=request.response_modalities,
         safety_settings=request.safety_settings,
         service_tier=request.service_tier,
+        media_url=base_url,
         limits=limits(request.limits, defaults),
     )
     target = catalog.open(spec.chain[0])
@@ -81,14 +87,23 @@ def _refuse_later_features(request: CreateInteraction) -> None:
         "background": request.background,
         "environment": request.environment is not None,
         "cached_content": request.cached_content is not None,
+        f"model '{request.model}'": request.model is not None and _is_agent(request.model),
     }
     for name, is_asked in missing.items():
         if is_asked:
-            raise Invalid(f"'{name}' is not supported by this version of the server yet.")
+            shown = name if " " in name else f"'{name}'"
+            raise Invalid(f"{shown} is not supported by this version of the server yet.")
+    if not request.store and any(f.get("delivery") == "uri" for f in request.media_formats):
+        raise Invalid("'response_format.delivery' can only be 'uri' where 'store' is not false.")
     if request.continuation_token is not None:
         raise Invalid(
             "Invalid value at 'continuation_token': this server has issued no such token."
         )
+
+
+def _is_agent(name: str) -> bool:
+    """Samples pass the hosted API's agents as `model` too."""
+    return name.startswith(("antigravity", "deep-research-", "code-mender"))
 
 
 def _tool(tool: Json, number: int) -> Json:

@@ -56,6 +56,15 @@ def take_out(step: Json) -> tuple[Json, list[Blob]]:
     return copy, taken
 
 
+def keep_by_uri(content: Json, base_url: str) -> tuple[Json, Blob]:
+    """A block that shows a `uri` of this server instead of its `data`, and the data."""
+    data = base64.b64decode(content["data"])
+    blob = Blob(hashlib.sha256(data).digest(), content["mime_type"], data)
+    rest = {key: value for key, value in content.items() if key != "data"}
+    name = blob.sha256.hex()
+    return {**rest, "uri": f"{base_url}/v1beta/media/{name}", "blob": name}, blob
+
+
 def _is_large(block: Json) -> bool:
     data = block.get("data")
     return isinstance(data, str) and (len(data) > KEEP_INLINE_BYTES or "uri" in block)

@@ -61,21 +61,21 @@ async def create_interaction(request: Request, caller: CallerDep) -> Response:
         silence_s=limits.body_timeout.total_seconds(),
     )
     parsed = parse_create(raw, max_depth=limits.max_json_depth)
-    if parsed.store:
-        return await _create_stored(_service(request), caller, parsed)
-    return await _create_unstored(_service(request), caller, parsed)
-
-
-async def _create_stored(here: Service, caller: Caller, parsed: CreateInteraction) -> Response:
-    started = await service.create_stored(here, caller, parsed)
+    here = _service(request)
+    base_url = request.app.state.public_url or str(request.base_url).rstrip("/")
+    if not parsed.store:
+        return await _create_unstored(here, caller, parsed, base_url)
+    started = await service.create_stored(here, caller, parsed, base_url)
     structlog.contextvars.bind_contextvars(interaction_id=started.row.id.hex)
     if parsed.stream:
         return _events(stream.fresh(here, started))
     return _json(await service.result(here, caller, started))
 
 
-async def _create_unstored(here: Service, caller: Caller, parsed: CreateInteraction) -> Response:
-    run = await service.create_unstored(here, caller, parsed)
+async def _create_unstored(
+    here: Service, caller: Caller, parsed: CreateInteraction, base_url: str
+) -> Response:
+    run = await service.create_unstored(here, caller, parsed, base_url)
     if parsed.stream:
         return _events(stream.unstored(run))
     try:

@@ -91,8 +91,12 @@ class Runner(Protocol):
         """This process among the workers: who owns what it starts."""
         ...
 
-    async def prepare(self, project_id: UUID, request: CreateInteraction) -> Prepared:
+    async def prepare(
+        self, project_id: UUID, request: CreateInteraction, base_url: str
+    ) -> Prepared:
         """Resolve a request and make sure that its model can serve it.
+
+        `base_url` is where this server is reached, for URIs that it hands out.
 
         Raises:
             Invalid: Something in it cannot be honoured; the message names it.

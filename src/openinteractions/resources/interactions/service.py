@@ -114,9 +114,11 @@ class Started:
     """The number of the first of them in the log."""
 
 
-async def create_stored(service: Service, caller: Caller, request: CreateInteraction) -> Started:
+async def create_stored(
+    service: Service, caller: Caller, request: CreateInteraction, base_url: str
+) -> Started:
     """Write an interaction with its input and start its run in this process."""
-    prepared = await service.runner.prepare(caller.project_id, request)
+    prepared = await service.runner.prepare(caller.project_id, request, base_url)
     # At the end of its line is where most turns go; who finds that place taken opens a new line.
     for branch in (False, True, True):
         parent = await _parent(service, caller, request)
@@ -173,10 +175,10 @@ async def listing(
 
 
 async def create_unstored(
-    service: Service, caller: Caller, request: CreateInteraction
+    service: Service, caller: Caller, request: CreateInteraction, base_url: str
 ) -> MemoryRun:
     """Start an interaction that leaves nothing behind but what it cost (ruling R16)."""
-    prepared = await service.runner.prepare(caller.project_id, request)
+    prepared = await service.runner.prepare(caller.project_id, request, base_url)
     parent = await _parent(service, caller, request)
     row = None if parent is None else parent.row
     place = None
@@ -350,7 +352,9 @@ async def _store_media(
     for index, step in enumerate(prepared.steps):
         bare, taken = media.take_out(step)
         blobs += taken
-        steps.append(StoredStep(index, step["type"], bool(taken), orjson.dumps(bare)))
+        steps.append(
+            StoredStep(index, step["type"], bool(media.hashes([bare])), orjson.dumps(bare))
+        )
     await files.put(
         service.database, project_id, blobs, segment_id=place.segment_id, depth=place.depth
     )
