@@ -121,7 +121,6 @@ async def _local(
         from openinteractions.models.local.runtime import LocalRuntime  # noqa: PLC0415 - optional
     except ImportError:
         return None
-    folder = settings.home() / "models"
-    runtime = LocalRuntime(settings.local, folder, session)
+    runtime = LocalRuntime(settings.local, settings.models_home(), session)
     await stack.enter_async_context(runtime)
     return runtime.model()

@@ -165,6 +165,8 @@ class LocalSettings(_Group):
     """Which packaged model; by free memory if left out."""
     gguf: Path | None = None
     """An own GGUF file instead of a packaged model."""
+    models_dir: Path | None = None
+    """Where packaged models are kept; the user's cache folder if left out."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads; up to four of the machine's if left out."""
     context_tokens: int = Field(default=8192, ge=512)
@@ -200,7 +202,7 @@ class Settings(BaseSettings):
     public_url: str | None = None
     """Base of URIs that the server hands out; the request's own address if left out."""
     data_dir: Path | None = None
-    """Embedded database, model files, secrets; the user's data folder if left out."""
+    """Embedded database and secrets; the user's data folder if left out."""
     database_url: SecretStr | None = None
     """`postgresql://…` of your own PostgreSQL 15 or later (also `DATABASE_URL`); left out: the
     embedded one."""
@@ -223,6 +225,12 @@ class Settings(BaseSettings):
     worker: WorkerSettings = Field(default_factory=WorkerSettings)
     local: LocalSettings = Field(default_factory=LocalSettings)
     log: LogSettings = Field(default_factory=LogSettings)
+
+    @field_validator("database_url", "bootstrap_api_key", "master_key", mode="before")
+    @classmethod
+    def _blank_is_left_out(cls, value: object) -> object:
+        """An `.env` file has lines like `OI_MASTER_KEY=`."""
+        return None if value == "" else value
 
     @field_validator("providers")
     @classmethod
@@ -252,6 +260,17 @@ class Settings(BaseSettings):
         root = os.environ.get("XDG_DATA_HOME")  # noqa: TID251 - settings are the entry point
         base = Path(root) if root else Path.home() / ".local" / "share"
         return base / "openinteractions"
+
+    def models_home(self) -> Path:
+        """The folder of the local models' files, expanded; not created.
+
+        Not in the data folder: the files are large, public and the same for every data folder.
+        """
+        if self.local.models_dir is not None:
+            return self.local.models_dir.expanduser().absolute()
+        root = os.environ.get("XDG_CACHE_HOME")  # noqa: TID251 - settings are the entry point
+        base = Path(root) if root else Path.home() / ".cache"
+        return base / "openinteractions" / "models"
 
 
 def load(config: Path | None = None, **options: Any) -> Settings:  # noqa: ANN401 - one per field

@@ -1,6 +1,7 @@
 """The `openinteractions` command."""
 
 import asyncio
+import signal
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
@@ -26,7 +27,7 @@ app.add_typer(keys_app, name="keys")
 app.add_typer(models_app, name="models")
 
 Config = Annotated[Path | None, typer.Option(help="The TOML file with the settings.")]
-DataDir = Annotated[Path | None, typer.Option(help="Embedded database, models, secrets.")]
+DataDir = Annotated[Path | None, typer.Option(help="Embedded database and secrets.")]
 
 
 def main() -> None:
@@ -49,11 +50,20 @@ def _settings(config: Path | None, **options: Any) -> Settings:  # noqa: ANN401 
 def _run(work: Coroutine[Any, Any, None]) -> None:
     from openinteractions.cli.serve import loop_factory  # noqa: PLC0415 - as above
 
+    async def cancellable() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        # Like Ctrl-C: whatever was started for the command is stopped first.
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        await work
+
     with asyncio.Runner(loop_factory=loop_factory) as runner:
         try:
-            runner.run(work)
+            runner.run(cancellable())
         except KeyboardInterrupt:
-            sys.exit(130)
+            sys.exit(128 + signal.SIGINT)
+        except asyncio.CancelledError:
+            sys.exit(128 + signal.SIGTERM)
 
 
 @app.callback(invoke_without_command=True)
@@ -107,6 +117,44 @@ def migrate(
     from openinteractions.cli import admin  # noqa: PLC0415 - as above
 
     _run(admin.migrate(settings, revision))
+
+
+@app.command()
+def demo(
+    *,
+    model: Annotated[str | None, typer.Option(help="`provider/model`, or a local model.")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the data folder.")] = False,
+    data_dir: DataDir = None,
+    config: Config = None,
+) -> None:
+    """Show the server working: start one, talk to it with the SDK, kill it, start it again."""
+    settings = _settings(config, data_dir=data_dir)
+    from openinteractions.cli import demo as command  # noqa: PLC0415 - as above
+
+    command.demo(settings, model=model, config=config, keep=keep)
+
+
+@models_app.command("pull")
+def models_pull(
+    name: Annotated[str | None, typer.Argument(help="Which; by free memory if left out.")] = None,
+    *,
+    data_dir: DataDir = None,
+    config: Config = None,
+) -> None:
+    """Download a local model, checked against its publisher's checksum."""
+    settings = _settings(config, data_dir=data_dir)
+    from openinteractions.cli import models as command  # noqa: PLC0415 - as above
+
+    _run(command.pull(settings, name))
+
+
+@models_app.command("list")
+def models_list(*, data_dir: DataDir = None, config: Config = None) -> None:
+    """List the local models."""
+    settings = _settings(config, data_dir=data_dir)
+    from openinteractions.cli import models as command  # noqa: PLC0415 - as above
+
+    command.show(settings)
 
 
 @keys_app.command("create")

@@ -6,6 +6,7 @@ import ipaddress
 import signal
 import socket
 import sys
+from collections.abc import Callable, Generator
 
 import structlog
 import uvicorn
@@ -25,6 +26,25 @@ from openinteractions.settings import Settings
 _log = structlog.get_logger(__name__)
 
 _STOP_GRACE_S = 15
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers.
+
+    Those raise the signal again once it has stopped serving, which would end the process before
+    its runs are handed back and the embedded database is stopped.
+    """
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None]:
+        """Leave the signals alone."""
+        yield
+
+    def stop(self) -> None:
+        """Serve no more: let open requests end, or at the second call cut them off."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
 
 
 async def serve(settings: Settings, *, auth: bool, worker: bool) -> None:
@@ -45,7 +65,7 @@ async def serve(settings: Settings, *, auth: bool, worker: bool) -> None:
             if isinstance(authenticate, keys.Keyring):
                 await stack.enter_async_context(authenticate.watching())
             app = create_app(settings, process, authenticate)
-            server = uvicorn.Server(
+            server = _Server(
                 uvicorn.Config(
                     app,
                     loop="none",
@@ -60,6 +80,7 @@ async def serve(settings: Settings, *, auth: bool, worker: bool) -> None:
                 )
             )
             host, port = listener.getsockname()[:2]
+            _on_stop_signals(server.stop)
             _log.info("server.ready", url=_url(host, port), role=role)
             await server.serve([listener])
     _log.info("server.stopped")
@@ -77,14 +98,20 @@ async def work(settings: Settings) -> None:
             "which has a worker inside"
         )
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
     async with databases.opened(settings) as database:
         await migrate.require_current(database)
         async with opened(settings, database, role="worker"):
+            _on_stop_signals(stop.set)
             await stop.wait()
     _log.info("worker.stopped")
+
+
+def _on_stop_signals(action: Callable[[], None]) -> None:
+    """From now on these signals do this. A signal that `nohup` or a shell ignores stays ignored."""
+    loop = asyncio.get_running_loop()
+    for number in _STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            loop.add_signal_handler(number, action)
 
 
 async def _prepare_schema(settings: Settings, database: Database) -> None:

@@ -28,6 +28,7 @@ _MODES = {"auto": "auto", "any": "required", "none": "none", "validated": "auto"
 _TIERS = {"flex": "flex", "priority": "priority", "standard": "default", "deferred": "flex"}
 _COMMON_EFFORT = {"minimal": "low", "xhigh": "high"}
 _DOWNGRADE = "downgraded"
+_SAMPLING = ("temperature", "top_p", "seed", "presence_penalty", "frequency_penalty")
 _JSON_HINT = "Answer with one JSON document and nothing else."
 
 
@@ -119,7 +120,8 @@ class OpenAIModel:
             options["tool_choice"] = {"type": "allowed_tools", "allowed_tools": allowed_tools}
 
     def _add_generation(self, options: Json, generation: Any) -> None:  # noqa: ANN401 - JSON
-        for name in ("temperature", "top_p", "seed"):
+        # OpenAI itself has no `top_k`; vLLM, llama.cpp, Ollama and their like do.
+        for name in _SAMPLING if self._official else (*_SAMPLING, "top_k"):
             if generation.get(name) is not None:
                 options[name] = generation[name]
         if generation.get("stop_sequences"):
@@ -158,6 +160,8 @@ class OpenAIModel:
                 " only objects with `additionalProperties: false` and all properties required."
             )
             found.append(_warning("response_format.schema", told))
+        if self._official and generation.get("top_k") is not None:
+            found.append(_warning("generation_config.top_k", "OpenAI has no 'top_k'; left out."))
         if any(voice.get("language") for voice in _voices(generation.get("speech_config"))):
             told = "The language of the voice is left to the model."
             found.append(_warning("generation_config.speech_config.language", told))

@@ -9,7 +9,7 @@ from openinteractions.loop.run import call_for
 from openinteractions.loop.spec import Limits, RunSpec
 from openinteractions.loop.structured import enforced, require_schema
 from openinteractions.models.catalog import Catalog, Target
-from openinteractions.models.port import Json
+from openinteractions.models.port import Json, Warning  # noqa: A004 - the contract's word
 from openinteractions.resources.files import media
 from openinteractions.resources.interactions.runner import Prepared
 from openinteractions.runs.history import Inliner
@@ -57,6 +57,7 @@ async def prepare(
     shown = for_model(steps, provider=target.provider, model=target.model)
     target.adapter.compile(await inliner(shown, target), target.model)
     warnings = target.adapter.check(call_for(spec, target, (), spec.generation))
+    warnings += _unread_hints(steps, catalog.providers[target.provider])
     return Prepared(
         spec=spec.dump(),
         provider=target.provider,
@@ -129,6 +130,29 @@ def _require_price(spec: RunSpec, catalog: Catalog) -> None:
                 f"'limits.max_cost_usd' cannot be kept: no price is known for '{name}'. "
                 "The operator can set one in [models.prices]."
             )
+
+
+# Hints on content blocks that a wire format has no word for.
+_UNREAD = {
+    "gemini": (),
+    "openai": ("processing",),
+    "anthropic": ("processing", "resolution"),
+    "local": ("processing", "resolution"),
+}
+
+
+def _unread_hints(steps: list[Json], kind: str) -> list[Warning]:
+    found = {
+        name
+        for step in steps
+        for block in media.blocks(step)
+        for name in _UNREAD[kind]
+        if name in block
+    }
+    return [
+        Warning("downgraded", f"input.{name}", f"This model's vendor has no '{name}': left out.")
+        for name in sorted(found)
+    ]
 
 
 async def _fetched(steps: list[Json], target: Target, inliner: Inliner) -> list[Json]:
