@@ -18,7 +18,7 @@ RUN useradd --uid 10001 --create-home --shell /usr/sbin/nologin openinteractions
   && install -d -o openinteractions -g openinteractions -m 0700 /data
 COPY --from=build /venv /venv
 COPY --from=build /app /app
-ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 OI_DATA_DIR=/data
+ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 OI_DATA_DIR=/data OI_LOCAL__MODELS_DIR=/data/models
 WORKDIR /app
 USER openinteractions
 VOLUME /data

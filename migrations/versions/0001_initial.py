@@ -128,7 +128,9 @@ def upgrade() -> None:
             server_default=sa.text("'{}'"),
             nullable=False,
         ),
-        sa.Column("priority", sa.SmallInteger(), server_default=sa.text("0"), nullable=False),
+        sa.Column(
+            "rank_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False
+        ),
         sa.Column("key", sa.Text(), nullable=True),
         sa.Column("provider", sa.Text(), nullable=True),
         sa.Column("state", sa.SmallInteger(), server_default=sa.text("0"), nullable=False),
@@ -161,14 +163,21 @@ def upgrade() -> None:
     op.create_index(
         "ix_jobs_key",
         "jobs",
-        ["key", sa.literal_column("priority desc"), "id"],
+        ["key", "rank_at", "id"],
         unique=False,
         postgresql_where=sa.text("state = 0 and key is not null"),
     )
     op.create_index(
+        "ix_jobs_load",
+        "jobs",
+        ["project_id", "provider"],
+        unique=False,
+        postgresql_where=sa.text("state = 1"),
+    )
+    op.create_index(
         "ix_jobs_ready",
         "jobs",
-        [sa.literal_column("priority desc"), "run_at", "id"],
+        ["project_id", "rank_at", "id"],
         unique=False,
         postgresql_where=sa.text("state = 0"),
     )
@@ -181,6 +190,18 @@ def upgrade() -> None:
         ["key"],
         unique=True,
         postgresql_where=sa.text("state = 1 and key is not null"),
+    )
+    op.create_table(
+        "lost_responses",
+        sa.Column("project_id", sa.Uuid(), nullable=False),
+        sa.Column("request_hash", sa.LargeBinary(), nullable=False),
+        sa.Column("interaction_id", sa.Uuid(), nullable=False),
+        sa.Column(
+            "at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False
+        ),
+        sa.PrimaryKeyConstraint(
+            "project_id", "request_hash", "interaction_id", name=op.f("pk_lost_responses")
+        ),
     )
     op.create_table(
         "projects",
@@ -210,6 +231,18 @@ def upgrade() -> None:
         ["parent_id"],
         unique=False,
         postgresql_where=sa.text("parent_id is not null"),
+    )
+    op.create_table(
+        "signing_keys",
+        sa.Column("kid", sa.Text(), nullable=False),
+        sa.Column("sealed", sa.LargeBinary(), nullable=False),
+        sa.Column(
+            "created_at",
+            sa.DateTime(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
+        ),
+        sa.PrimaryKeyConstraint("kid", name=op.f("pk_signing_keys")),
     )
     op.create_table(
         "spend",
@@ -315,6 +348,7 @@ def downgrade() -> None:
     op.drop_table("steps")
     op.drop_index(op.f("ix_spend_project_id_created_at"), table_name="spend")
     op.drop_table("spend")
+    op.drop_table("signing_keys")
     op.drop_index(
         op.f("ix_segments_parent_id"),
         table_name="segments",
@@ -322,6 +356,7 @@ def downgrade() -> None:
     )
     op.drop_table("segments")
     op.drop_table("projects")
+    op.drop_table("lost_responses")
     op.drop_index(
         "uq_jobs_running_key",
         table_name="jobs",
@@ -329,6 +364,7 @@ def downgrade() -> None:
     )
     op.drop_index("ix_jobs_worker", table_name="jobs", postgresql_where=sa.text("state = 1"))
     op.drop_index("ix_jobs_ready", table_name="jobs", postgresql_where=sa.text("state = 0"))
+    op.drop_index("ix_jobs_load", table_name="jobs", postgresql_where=sa.text("state = 1"))
     op.drop_index(
         "ix_jobs_key", table_name="jobs", postgresql_where=sa.text("state = 0 and key is not null")
     )

@@ -18,12 +18,14 @@ from openinteractions.process import Process
 from openinteractions.resources.files import routes as files
 from openinteractions.resources.interactions import routes as interactions
 from openinteractions.resources.interactions.service import Service
+from openinteractions.resources.webhooks import routes as webhooks
 from openinteractions.settings import Settings
 from openinteractions.wire.create import request_schemas
 
 _log = structlog.get_logger(__name__)
 
-VERSIONS = ("v1", "v1beta", "v1alpha")
+VERSIONS = ("v1beta", "v1", "v1alpha")
+"""The one that SDKs use first: routes are tried in order."""
 _EXPOSED = ["x-goog-upload-url", "x-goog-upload-status", "retry-after", "x-request-id"]
 _STILL_TO_COME = (
     "agents",
@@ -45,24 +47,30 @@ def create_app(settings: Settings, process: Process, authenticate: Authenticator
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        # FastAPI's own looks for OpenTelemetry's providers in the environment at every request.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.authenticate = authenticate
     app.state.limits = settings.limits
     app.state.public_url = (settings.public_url or "").rstrip("/")
     app.state.database = process.database
+    app.state.deliverer = process.deliverer
     app.state.process = process
     app.state.interactions = Service(
         database=process.database,
         hub=process.hub,
         tail=process.tail,
         runner=process.executor,
+        lost=process.lost,
         retention=settings.retention,
+        max_attempts=settings.worker.max_attempts,
     )
     errors.install(app)
     for version in VERSIONS:
         shown = version == "v1beta"
-        for router in (interactions.router, files.router, _later()):
+        for router in (interactions.router, files.router, webhooks.router, _later()):
             app.include_router(router, prefix=f"/{version}", include_in_schema=shown)
+    app.include_router(webhooks.router)
     app.include_router(_operations())
     app.add_middleware(
         CORSMiddleware,

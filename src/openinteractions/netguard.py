@@ -7,7 +7,7 @@ checked, so a name that changes its mind in between gains nothing.
 
 import base64
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import (
     IPv4Address,
@@ -27,6 +27,7 @@ from openinteractions.errors import Invalid
 
 _MAX_REDIRECTS = 5
 _TIMEOUT = aiohttp.ClientTimeout(total=60, sock_connect=10, sock_read=20)
+_CALLBACK_TIMEOUT = aiohttp.ClientTimeout(total=15, sock_connect=5)
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _NAT64 = IPv6Network("64:ff9b::/96")
 _OK = 200
@@ -128,6 +129,22 @@ class Fetcher:
             except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
                 raise _explained(error, url) from error
         raise Invalid(f"Cannot fetch '{_shown(url)}': too many redirects.")
+
+    async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> int:
+        """POST to a URL, without following redirects; the answer's status.
+
+        Raises:
+            Refused: It leads to an address that is not public.
+            Invalid: It is no http(s) URL, or did not answer; the message says so.
+        """
+        self._check(url)
+        try:
+            async with self._open().post(
+                url, data=body, headers=headers, allow_redirects=False, timeout=_CALLBACK_TIMEOUT
+            ) as response:
+                return response.status
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+            raise _explained(error, url) from error
 
     async def close(self) -> None:
         """Close the connections."""

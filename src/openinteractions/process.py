@@ -11,20 +11,24 @@ from dataclasses import dataclass
 import aiohttp
 import structlog
 
+from openinteractions.crypto import Sealer, master_key
 from openinteractions.db.engine import Database
 from openinteractions.events.follow import Hub, Notifier, Tail
 from openinteractions.events.log import Writer
+from openinteractions.jobs.queue import Share
 from openinteractions.jobs.runner import Claimer, Member, Timing
 from openinteractions.loop.ports import Patience
 from openinteractions.loop.spec import Limits
 from openinteractions.models.catalog import Catalog
 from openinteractions.models.port import Model
 from openinteractions.netguard import Fetcher, Guard
+from openinteractions.resources.interactions.lost import LostResponses
+from openinteractions.resources.webhooks.service import Deliverer
 from openinteractions.runs.executor import Executor
 from openinteractions.runs.history import Cache
 from openinteractions.runs.house import House
 from openinteractions.settings import Settings
-from openinteractions.worker import run, upkeep
+from openinteractions.worker import deliver, run, upkeep
 
 _log = structlog.get_logger(__name__)
 
@@ -41,6 +45,8 @@ class Process:
     member: Member
     catalog: Catalog
     executor: Executor
+    lost: LostResponses
+    deliverer: Deliverer
 
 
 @asynccontextmanager
@@ -60,7 +66,6 @@ async def opened(settings: Settings, database: Database, *, role: str) -> AsyncG
         session = await stack.enter_async_context(
             aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
-                trust_env=True,
                 auto_decompress=True,
             )
         )
@@ -87,23 +92,38 @@ async def opened(settings: Settings, database: Database, *, role: str) -> AsyncG
                 ),
             )
         )
+        key = None if settings.master_key is None else settings.master_key.get_secret_value()
+        sealer = Sealer(await asyncio.to_thread(master_key, key, settings.home()))
+        deliverer = Deliverer(database, sealer, fetcher)
         if role != "api":
-            await stack.enter_async_context(_working(settings, database, member, executor))
+            await stack.enter_async_context(
+                _working(settings, database, member, executor, deliverer)
+            )
         _log.info("process.ready", role=role, worker_id=member.worker_id)
-        yield Process(database, hub, tail, member, catalog, executor)
+        lost = LostResponses()
+        await stack.enter_async_context(lost.watching(database))
+        yield Process(database, hub, tail, member, catalog, executor, lost, deliverer)
         _log.info("process.stopping", role=role, jobs=member.running)
 
 
 @asynccontextmanager
 async def _working(
-    settings: Settings, database: Database, member: Member, executor: Executor
+    settings: Settings,
+    database: Database,
+    member: Member,
+    executor: Executor,
+    deliverer: Deliverer,
 ) -> AsyncGenerator[None]:
     """Take work from the queue while the context lasts."""
     claimer = Claimer(
         database,
         member,
-        {run.KIND: run.handler(executor)},
+        {run.KIND: run.handler(executor), deliver.KIND: deliver.handler(database, deliverer)},
         concurrency=settings.worker.concurrency,
+        share=Share(
+            of_project=settings.worker.project_concurrency,
+            of_provider=settings.worker.provider_concurrency,
+        ),
     )
     async with claimer.running(), asyncio.TaskGroup() as group:
         task = group.create_task(upkeep.for_ever(database), name="upkeep")

@@ -148,6 +148,10 @@ class WorkerSettings(_Group):
 
     concurrency: int = Field(default=1000, ge=1)
     """Runs at once in one worker process."""
+    project_concurrency: int = Field(default=500, ge=1)
+    """Runs at once of one project, over all workers."""
+    provider_concurrency: int = Field(default=1000, ge=1)
+    """Runs at once that wait on one provider, over all workers."""
     heartbeat: Duration = timedelta(seconds=3)
     """How often a process says that it lives."""
     dead_after: Duration = timedelta(seconds=10)

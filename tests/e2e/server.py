@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import asyncpg
+from google.genai import Client
+from google.genai.types import HttpOptions, HttpRetryOptions
 
 from openinteractions.db.embedded import running_url
 from openinteractions.models.port import Finished, ModelEvent, TextDelta
@@ -32,6 +34,8 @@ USAGE = {"total_input_tokens": 7, "total_output_tokens": 5, "total_tokens": 12}
 MAX_BODY = 2 * 2**20
 BODY_SILENCE_S = 1.0
 START_S = 60
+SOURCES = Path(__file__).parents[2] / "src"
+"""Of the tree that the tests stand in."""
 
 _CONFIG = """
 bootstrap_api_key = "{key}"
@@ -124,6 +128,12 @@ def serving_fakes() -> Generator[Fakes]:
         for fake in fakes.all.values():
             await stack.enter_async_context(fake.serve())
 
+    async def down() -> None:
+        await stack.aclose()
+        # A fake that stalls is still asleep.
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+
     def run(work: Any) -> None:
         asyncio.run_coroutine_threadsafe(work, loop).result(timeout=30)
 
@@ -131,7 +141,7 @@ def serving_fakes() -> Generator[Fakes]:
     try:
         yield fakes
     finally:
-        run(stack.aclose())
+        run(down())
         loop.call_soon_threadsafe(loop.stop)
         thread.join(timeout=10)
         loop.close()
@@ -192,10 +202,11 @@ def serving(fakes: Fakes) -> Generator[Server]:
                 stderr=err,
                 cwd=home,
                 # Nothing of the developer's own environment: no vendor keys, no proxies.
-                env={"PATH": "/usr/bin:/bin", "HOME": str(home), "PYTHONUTF8": "1"},
+                env={"PATH": "/usr/bin:/bin", "HOME": str(home), "PYTHONPATH": str(SOURCES)},
             )
         try:
             yield Server(_wait_ready(process, log), home, log, process.pid)
+            assert process.poll() is None, f"the server died:\n{log.read_text()[-5000:]}"
         finally:
             process.terminate()
             try:
@@ -213,3 +224,13 @@ def _wait_ready(process: subprocess.Popen[bytes], log: Path) -> str:
                 return json.loads(line)["url"]
         time.sleep(0.05)
     raise AssertionError(f"the server did not start:\n{log.read_text()}")
+
+
+def sdk(server: Server, *, key: str = KEY, attempts: int = 1, **options: Any) -> Client:
+    """An official client of the server."""
+    return Client(
+        api_key=key,
+        http_options=HttpOptions(
+            base_url=server.url, retry_options=HttpRetryOptions(attempts=attempts), **options
+        ),
+    )

@@ -27,16 +27,15 @@ async def read(request: Request, *, max_bytes: int, silence_s: float) -> bytes:
             raise TooLarge(f"The request body is larger than {max_bytes} bytes.")
     chunks: list[bytes] = []
     size = 0
-    stream = request.stream()
-    while True:
-        try:
-            async with asyncio.timeout(silence_s):
-                chunk = await anext(stream)
-        except StopAsyncIteration:
-            return b"".join(chunks)
-        except TimeoutError:
-            raise Invalid(f"The request body paused for more than {silence_s:g} s.") from None
-        size += len(chunk)
-        if size > max_bytes:
-            raise TooLarge(f"The request body is larger than {max_bytes} bytes.")
-        chunks.append(chunk)
+    clock = asyncio.get_running_loop().time
+    try:
+        async with asyncio.timeout(silence_s) as silence:
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > max_bytes:
+                    raise TooLarge(f"The request body is larger than {max_bytes} bytes.")
+                chunks.append(chunk)
+                silence.reschedule(clock() + silence_s)
+    except TimeoutError:
+        raise Invalid(f"The request body paused for more than {silence_s:g} s.") from None
+    return b"".join(chunks)

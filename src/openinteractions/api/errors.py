@@ -8,6 +8,8 @@ import structlog
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.routing import BaseRoute, Match
 
 from openinteractions.db.engine import LOST
 from openinteractions.errors import (
@@ -59,6 +61,7 @@ def install(app: FastAPI) -> None:
         RequestError: _app_error,
         HTTPException: _http_error,
         RequestValidationError: _validation_error,
+        ClientDisconnect: _client_gone,
     }
     for kind, handler in handlers.items():
         app.add_exception_handler(kind, handler)
@@ -75,8 +78,21 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
     if error.status_code == 404:  # noqa: PLR2004 - HTTP's not found
         return response(NotFound(f"There is nothing at {request.method} {path}."))
     if error.status_code == 405:  # noqa: PLR2004 - HTTP's method not allowed
-        return response(WrongMethod(f"{request.method} is not possible at {path}."))
+        answer = response(WrongMethod(f"{request.method} is not possible at {path}."))
+        answer.headers["Allow"] = ", ".join(_methods(request))
+        return answer
     return response(Invalid(str(error.detail)))
+
+
+def _methods(request: Request) -> list[str]:
+    """What is possible at a path: each method has a route of its own."""
+    scope = {"type": "http", "path": request.scope["path"], "root_path": "", "headers": []}
+    routes: list[BaseRoute] = request.app.routes
+    return [
+        method
+        for method in ("DELETE", "GET", "PATCH", "POST", "PUT")
+        if any(route.matches({**scope, "method": method})[0] is Match.FULL for route in routes)
+    ]
 
 
 async def _validation_error(_: Request, error: RequestValidationError) -> Response:
@@ -84,6 +100,12 @@ async def _validation_error(_: Request, error: RequestValidationError) -> Respon
     first = cast("dict[str, Any]", error.errors()[0])
     name = first["loc"][-1]
     return response(Invalid(f"Invalid value for '{name}': {first['msg']}."))
+
+
+async def _client_gone(_: Request, error: ClientDisconnect) -> Response:
+    """Nobody reads this; it keeps a broken connection from being logged as a bug."""
+    del error
+    return response(Invalid("The connection ended inside the request body."))
 
 
 async def _database_lost(request: Request, error: Exception) -> Response:

@@ -1,7 +1,5 @@
 """Commands that do one thing to the database and end."""
 
-import sys
-
 from openinteractions.cli import database as databases
 from openinteractions.db import migrate as migrations
 from openinteractions.errors import SetupError
@@ -51,15 +49,23 @@ async def list_keys(settings: Settings) -> None:
         )
 
 
-async def revoke_key(settings: Settings, prefix: str) -> None:
-    """Revoke the keys that begin so."""
+async def revoke_key(settings: Settings, key: str) -> None:
+    """Revoke a key by itself or by how it begins; the beginning has to tell it from the others."""
+    prefix = key.removesuffix("…")[: service.PREFIX_CHARS]
     async with databases.opened(settings, pool_size=2, attach=True) as database:
         await migrations.require_current(database)
-        revoked = await store.revoke(database, prefix.removesuffix("…"))
-    if not revoked:
-        raise SetupError(f"no valid key begins with {prefix!r}")
+        found = [
+            item.prefix
+            for item in await store.list_keys(database)
+            if item.revoked_at is None and item.prefix.startswith(prefix)
+        ]
+        if not prefix or not found:
+            raise SetupError(f"no valid key begins with {prefix!r}")
+        if len(found) > 1 and len(prefix) < service.PREFIX_CHARS:
+            raise SetupError(f"{len(found)} keys begin with {prefix!r}: give more of the one")
+        revoked = await store.revoke(database, prefix)
     for item in revoked:
-        print(f"revoked {item}…", file=sys.stdout)
+        print(f"revoked {item}…")
 
 
 async def limit_project(settings: Settings, *, project: str, budget: DayBudget | None) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from openinteractions.models.local import catalog
 from openinteractions.models.local import pull as pulling
@@ -39,14 +40,20 @@ def choose(settings: Settings, name: str | None = None) -> Weights:
 async def download(settings: Settings, weights: Weights) -> None:
     """Download what is missing, showing on standard error how far it is. Errors as in `pull`."""
     folder = settings.models_home()
-    there = await asyncio.to_thread(catalog.is_pulled, weights, folder)
-    say = f"{weights.label}: {_mb(weights.size)}, licence {weights.licence}"
+    there = await asyncio.to_thread(_is_here, weights, folder)
+    where = f"is in {folder}" if there else f"goes into {folder}"
+    print(
+        f"{weights.label}: {_mb(weights.size)}, licence {weights.licence}, {where}",
+        file=sys.stderr,
+    )
     if there:
-        print(f"{say}, is in {folder}.", file=sys.stderr)
-        await pulling.pull(weights.name, folder, lambda done, size: None)
         return
-    print(f"{say}, into {folder}.", file=sys.stderr)
-    await pulling.pull(weights.name, folder, bar())
+    try:
+        await pulling.pull(weights.name, folder, bar())
+    except BaseException:
+        # What comes next starts on a line of its own.
+        print(file=sys.stderr)
+        raise
 
 
 def show(settings: Settings) -> None:
@@ -80,6 +87,12 @@ def bar() -> Callable[[int, int], None]:
         print(line, end="\n" if ended or not terminal else "", file=sys.stderr, flush=True)
 
     return progress
+
+
+def _is_here(weights: Weights, folder: Path) -> bool:
+    """Whether the weights are there and right; the folder may be one that only others write."""
+    path = folder / weights.file
+    return catalog.is_pulled(weights, folder) and pulling.ensure_verified(weights, path)
 
 
 def _mb(size: int) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import ipaddress
 import signal
 import socket
@@ -25,7 +26,8 @@ from openinteractions.settings import Settings
 
 _log = structlog.get_logger(__name__)
 
-_STOP_GRACE_S = 15
+# With the drain of the runs that follows it stays below the 30 s that orchestrators usually wait.
+_STOP_GRACE_S = 8
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -81,6 +83,7 @@ async def serve(settings: Settings, *, auth: bool, worker: bool) -> None:
             )
             host, port = listener.getsockname()[:2]
             _on_stop_signals(server.stop)
+            _collect_rarely()
             _log.info("server.ready", url=_url(host, port), role=role)
             await server.serve([listener])
     _log.info("server.stopped")
@@ -102,6 +105,7 @@ async def work(settings: Settings) -> None:
         await migrate.require_current(database)
         async with opened(settings, database, role="worker"):
             _on_stop_signals(stop.set)
+            _collect_rarely()
             await stop.wait()
     _log.info("worker.stopped")
 
@@ -112,6 +116,16 @@ def _on_stop_signals(action: Callable[[], None]) -> None:
     for number in _STOP_SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             loop.add_signal_handler(number, action)
+
+
+def _collect_rarely() -> None:
+    """Leave what the start has made out of garbage collection, and look for cycles less often.
+
+    Python's own pace, a look at every 700 new objects, took a sixth of a turn's CPU.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
 
 
 async def _prepare_schema(settings: Settings, database: Database) -> None:

@@ -1,24 +1,31 @@
 """The engine, and the two ways to use a connection: a transaction, or one bare hot statement."""
 
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Generator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import asyncpg
 from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.pool import PoolProxiedConnection
 
 from openinteractions.errors import SetupError, Unready
 
 LOST = (
     asyncpg.PostgresConnectionError,
-    asyncpg.CannotConnectNowError,
-    asyncpg.AdminShutdownError,
-    asyncpg.CrashShutdownError,
-    asyncpg.TooManyConnectionsError,
+    # Shut down, restarting, cancelled by an operator; out of connections, memory or disk.
+    asyncpg.OperatorInterventionError,
+    asyncpg.InsufficientResourcesError,
+    # A standby that was asked during a failover.
+    asyncpg.ReadOnlySQLTransactionError,
     asyncpg.InterfaceError,
+    # What asyncpg raises on a connection that broke in the middle of an answer.
+    asyncpg.InternalClientError,
+    # The pool had no connection to give: not the built-in TimeoutError.
+    PoolTimeoutError,
     OSError,
     TimeoutError,
 )
@@ -63,6 +70,10 @@ class Database:
             },
         )
         event.listen(self.engine.sync_engine, "handle_error", _mark_lost)
+        # Taking one out of SQLAlchemy's pool and putting it back costs more than a small statement
+        # itself, so hot statements keep theirs for the next one, unless somebody waits for it.
+        self._kept: list[PoolProxiedConnection] = []
+        self._wanted = 0
 
     @asynccontextmanager
     async def hot(self) -> AsyncGenerator[Any]:
@@ -70,15 +81,34 @@ class Database:
 
         A statement that meets a lost connection raises one of `LOST`; the pool forgets it.
         """
-        async with self.engine.connect() as connection:
-            raw = await connection.get_raw_connection()
-            driver = raw.driver_connection
-            assert driver is not None
-            try:
-                yield driver
-            except LOST:
-                await connection.invalidate()
-                raise
+        held = self._kept.pop() if self._kept else await self._take()
+        driver = held.driver_connection
+        assert driver is not None
+        try:
+            yield driver
+        except LOST:
+            held.invalidate()
+            raise
+        finally:
+            if self._wanted or not held.is_valid:
+                held.close()
+            else:
+                self._kept.append(held)
+
+    async def _take(self) -> PoolProxiedConnection:
+        with self._wanting():
+            return await self.engine.raw_connection()
+
+    @contextmanager
+    def _wanting(self) -> Generator[None]:
+        """Meanwhile, what is kept for hot statements goes back to the pool."""
+        self._wanted += 1
+        try:
+            while self._kept:
+                self._kept.pop().close()
+            yield
+        finally:
+            self._wanted -= 1
 
     @asynccontextmanager
     async def transaction(self) -> AsyncGenerator[AsyncConnection]:
@@ -87,8 +117,9 @@ class Database:
         A lost connection raises one of `LOST`, as in `hot`.
         """
         try:
-            async with self.engine.begin() as connection:
-                yield connection
+            with self._wanting():
+                async with self.engine.begin() as connection:
+                    yield connection
         except DBAPIError as error:
             if error.connection_invalidated:
                 raise ConnectionResetError("the database connection was lost") from error
@@ -113,6 +144,8 @@ class Database:
 
     async def close(self) -> None:
         """Close every pooled connection."""
+        while self._kept:
+            self._kept.pop().close()
         await self.engine.dispose()
 
 

@@ -192,7 +192,9 @@ jobs = Table(
     Column("project_id", Uuid, nullable=False),
     Column("kind", Text, nullable=False),
     Column("args", JSONB, nullable=False, server_default=text("'{}'")),
-    Column("priority", SmallInteger, nullable=False, server_default=text("0")),
+    # Its place in its project's line: when it came, moved by its service tier. A better tier is a
+    # head start, so that nothing waits for ever.
+    _moment("rank_at", default=True),
     # At most one job with the same key runs at a time.
     Column("key", Text),
     Column("provider", Text),
@@ -210,14 +212,14 @@ jobs = Table(
     CheckConstraint("state in (0, 1, 3)", name="state"),
     CheckConstraint("(state = 1) = (worker_id is not null)", name="owner"),
     # Serves: claim.
-    Index(
-        "ix_jobs_ready", text("priority desc"), "run_at", "id", postgresql_where=text("state = 0")
-    ),
+    Index("ix_jobs_ready", "project_id", "rank_at", "id", postgresql_where=text("state = 0")),
+    # Serves: how much of each project and provider runs (fair claim).
+    Index("ix_jobs_load", "project_id", "provider", postgresql_where=text("state = 1")),
     # Serves: is there an older sibling of this key.
     Index(
         "ix_jobs_key",
         "key",
-        text("priority desc"),
+        "rank_at",
         "id",
         postgresql_where=text("state = 0 and key is not null"),
     ),
@@ -269,6 +271,26 @@ budgets = Table(
     Column("used_nanousd", BigInteger, nullable=False, server_default=text("0")),
     Column("used_tokens", BigInteger, nullable=False, server_default=text("0")),
     UniqueConstraint("project_id", "key_id", postgresql_nulls_not_distinct=True),
+)
+
+lost_responses = Table(
+    "lost_responses",
+    metadata,
+    # Creates whose answer never reached the caller: a retry of the same request joins them
+    # (ruling R15). Looked at only shortly after one was added.
+    Column("project_id", Uuid, primary_key=True),
+    Column("request_hash", LargeBinary, primary_key=True),
+    Column("interaction_id", Uuid, primary_key=True),
+    _moment("at", default=True),
+)
+
+signing_keys = Table(
+    "signing_keys",
+    metadata,
+    Column("kid", Text, primary_key=True),
+    # The private key, encrypted with the master key.
+    Column("sealed", LargeBinary, nullable=False),
+    _moment("created_at", default=True),
 )
 
 blobs = Table(

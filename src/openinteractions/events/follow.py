@@ -286,6 +286,7 @@ async def follow(
         gone: Asked when nothing came for a while.
     """
     seq = after.seq
+    is_last_look = False
     while True:
         batch = _from_memory(subscription, seq)
         if not batch:
@@ -297,13 +298,16 @@ async def follow(
             if batch[-1].event.is_last:
                 return
             continue
+        if is_last_look and batch is not None:
+            return
         try:
             async with asyncio.timeout(_SAFETY_POLL_S):
                 await subscription.wake.wait()
         except TimeoutError:
-            if await gone():
-                return
-            yield None
+            # What was written before it was over may have come since the last look.
+            is_last_look = await gone()
+            if not is_last_look:
+                yield None
 
 
 def _from_memory(subscription: Subscription, seq: int) -> list[Numbered]:
@@ -321,12 +325,15 @@ def _from_memory(subscription: Subscription, seq: int) -> list[Numbered]:
     return batch
 
 
-async def _from_log(tail: Tail, interaction_id: UUID, born: datetime, seq: int) -> list[Numbered]:
+async def _from_log(
+    tail: Tail, interaction_id: UUID, born: datetime, seq: int
+) -> list[Numbered] | None:
+    """What the log has; None if it cannot be read now."""
     try:
         rows = await tail.read(interaction_id, born, seq)
     except ConnectionResetError:
         await asyncio.sleep(_SAFETY_POLL_S)
-        return []
+        return None
     batch: list[Numbered] = []
     for start, data in rows:
         batch += [

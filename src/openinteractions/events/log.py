@@ -7,7 +7,7 @@ of the process. A stream whose lease was lost is told so and writes nothing more
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -65,10 +65,15 @@ class Stream:
         return cls(interaction_id, epoch, born, first_seq(epoch) + written)
 
     @asynccontextmanager
-    async def exclusive(self) -> AsyncGenerator[tuple[int, list[Event]]]:
+    async def exclusive(
+        self, last: Sequence[Event] = ()
+    ) -> AsyncGenerator[tuple[int, list[Event]]]:
         """Wait for the flush in flight, then own the stream: its pending events go with the caller.
 
         Gives the number of the first event and the events, for the caller's own statement.
+
+        Args:
+            last: Events to put behind those: no flush can take them before the caller.
 
         Raises:
             LeaseLost: Another worker owns the run.
@@ -79,6 +84,7 @@ class Stream:
             raise LeaseLost(f"the lease of {self.interaction_id} is lost")
         self._idle.clear()
         try:
+            self.pending += last
             yield self.take()
         finally:
             self._idle.set()

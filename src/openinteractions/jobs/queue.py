@@ -6,7 +6,7 @@ job's *epoch*, and every write of a run names the epoch it was claimed under: wh
 dead and wakes up again writes nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -19,53 +19,113 @@ from openinteractions.db.engine import Database
 
 WAKE_CHANNEL = "oi_jobs"
 CANCEL_CHANNEL = "oi_cancel"
+LOST_CHANNEL = "oi_lost"
 
+# Projects take turns: each one's jobs are numbered on from what it has running, and the lowest
+# numbers go first. What a full provider would refuse is left where it is. Of the suspects (jobs
+# whose workers died twice without progress) a worker has one at a time, so that a job that kills
+# its worker is told apart from its neighbours (ruling R6).
 _CLAIM = """
-with due as (
-  select j.id from jobs j
-   where j.state = 0 and j.run_at <= now() and j.kind = any($3::text[])
-     and (j.key is null or not exists (
-           select 1 from jobs o
-            where o.key = j.key and o.id <> j.id
-              and (o.state = 1 or (o.state = 0 and o.run_at <= now()
-                   and (o.priority, j.id) > (j.priority, o.id)))))
-   order by j.priority desc, j.run_at, j.id
-   limit $2
-     for update skip locked
+with recursive tenant as (
+  (select project_id from jobs where state = 0 order by project_id limit 1)
+  union all
+  select (select j.project_id from jobs j
+           where j.state = 0 and j.project_id > t.project_id order by j.project_id limit 1)
+    from tenant t where t.project_id is not null
+), busy as (
+  select project_id, provider, count(*) as n from jobs where state = 1
+   group by grouping sets ((project_id), (provider))
+), candidate as (
+  select c.id, c.rank_at, c.is_suspect,
+         coalesce(b.n, 0)
+           + row_number() over (partition by t.project_id order by c.rank_at, c.id) as turn
+    from tenant t
+    left join busy b on b.project_id = t.project_id
+   cross join lateral (
+     select j.id, j.rank_at, j.attempt >= 2 as is_suspect from jobs j
+      where j.project_id = t.project_id and j.state = 0 and j.run_at <= now()
+        and j.kind = any($3::text[])
+        and not exists (select from busy p where p.project_id is null
+                           and p.provider = j.provider and p.n >= $5)
+        and (j.key is null or not exists (
+              select from jobs o
+               where o.key = j.key and o.id <> j.id
+                 and (o.state = 1 or (o.state = 0 and o.run_at <= now()
+                      and (o.rank_at, o.id) < (j.rank_at, j.id)))))
+      order by j.rank_at, j.id
+      limit greatest(least($2, $4 - coalesce(b.n, 0)), 0)
+   ) c
+   where t.project_id is not null
+), picked as (
+  select id, turn, rank_at
+    from (select *, row_number() over (partition by is_suspect order by turn, rank_at) as n
+            from candidate) c
+   where not is_suspect
+      or (n = 1 and not exists (select from jobs s where s.worker_id = $1 and s.state = 1
+                                   and s.attempt > 2))
+   order by turn, rank_at limit $2
+), due as (
+  select j.id from jobs j join picked p using (id)
+   where j.state = 0
+   order by p.turn, p.rank_at
+     for update of j skip locked
 )
 update jobs j
    set state = 1, worker_id = $1, epoch = j.epoch + 1, attempt = j.attempt + 1
   from due where j.id = due.id
-returning j.id, j.project_id, j.kind, j.args, j.epoch, j.attempt, j.max_attempts,
+returning j.id, j.project_id, j.kind, j.args::text, j.epoch, j.attempt, j.max_attempts,
           j.cancel_requested
 """
 
 _BEAT = "update workers set seen = now() where id = $1 returning id"
 _OWNED = "select id, epoch, cancel_requested from jobs where worker_id = $1 and state = 1"
 
-_SWEEP = """
+# An attempt is charged to the suspects of a dead worker, if it had any, not to their neighbours. A
+# foreground run whose process died has lost its caller's answer: a retry of the request may join.
+_GIVE_BACK = """
+, back as (
+  update jobs j
+     set state = 0, worker_id = null, run_at = now(),
+         last_error = 'the worker died or fell silent',
+         attempt = case when j.attempt <= 2 and exists (
+                          select from jobs s
+                           where s.worker_id = j.worker_id and s.state = 1 and s.attempt > 2)
+                        then greatest(j.attempt - 1, 0) else j.attempt end
+   where id in (select id from orphans)
+  returning id
+), lost as (
+  insert into lost_responses (project_id, request_hash, interaction_id)
+  select i.project_id, i.request_hash, i.id
+    from interactions i join back using (id)
+   where not i.background and i.request_hash is not null
+  on conflict do nothing
+)
+select count(*) from back
+"""
+
+_SWEEP = f"""
 with dead as (
   delete from workers
    where seen < now() - $1::interval
      and pg_postmaster_start_time() < now() - $1::interval
   returning id
 ), orphans as (
-  select id from jobs
-   where state = 1 and worker_id in (select id from dead)
-   order by id for update skip locked
-), strays as (
   select j.id from jobs j
-   where j.state = 1 and not exists (select 1 from workers w where w.id = j.worker_id)
+   where j.state = 1
      and pg_postmaster_start_time() < now() - $1::interval
+     and (j.worker_id in (select id from dead)
+          or not exists (select from workers w where w.id = j.worker_id))
    order by j.id for update skip locked
-), back as (
-  update jobs set state = 0, worker_id = null, run_at = now(),
-         last_error = 'the worker died or fell silent'
-   where id in (select id from orphans union select id from strays)
-  returning id
-)
-select (select count(*) from dead), (select count(*) from back)
-"""
+){_GIVE_BACK}"""  # noqa: S608 - constants
+
+_BURY = f"""
+with dead as (
+  delete from workers where id = any($1::bigint[]) returning id
+), orphans as (
+  select j.id from jobs j
+   where j.state = 1 and j.worker_id in (select id from dead)
+   order by j.id for update skip locked
+){_GIVE_BACK}"""  # noqa: S608 - constants
 
 _HAND_BACK = """
 update jobs set state = 0, worker_id = null, attempt = greatest(attempt - 1, 0),
@@ -118,6 +178,12 @@ async def leave(database: Database, worker_id: int) -> None:
         await connection.execute("select pg_notify($1, '')", WAKE_CHANNEL)
 
 
+async def wake(database: Database) -> None:
+    """Tell the workers that there is something to claim."""
+    async with database.hot() as connection:
+        await connection.execute("select pg_notify($1, '')", WAKE_CHANNEL)
+
+
 async def beat(database: Database, worker_id: int) -> dict[UUID, tuple[int, bool]] | None:
     """Say that this process lives.
 
@@ -137,29 +203,70 @@ async def sweep(database: Database, dead_after: timedelta) -> int:
     Nothing happens within one dead-interval of the database's own start, since nobody could beat
     while it was away (ruling R7).
     """
+    return await _give_back(database, _SWEEP, dead_after)
+
+
+async def bury(database: Database, *, host: str, is_alive: Callable[[int], bool]) -> int:
+    """Give back the jobs of this very machine's processes that are no more, without waiting.
+
+    Args:
+        database: Where.
+        host: As this machine's processes register; see `register`.
+        is_alive: Whether a process id is in use here; one that is, is left to `sweep`.
+    """
     async with database.hot() as connection:
-        _, back = await connection.fetchrow(_SWEEP, dead_after)
+        rows = await connection.fetch("select id, pid from workers where host = $1", host)
+    dead = [row[0] for row in rows if not is_alive(row[1])]
+    return await _give_back(database, _BURY, dead) if dead else 0
+
+
+async def _give_back(database: Database, statement: str, argument: object) -> int:
+    async with database.hot() as connection:
+        back: int = await connection.fetchval(statement, argument)
         if back:
-            await connection.execute("select pg_notify($1, '')", WAKE_CHANNEL)
+            await connection.execute(
+                "select pg_notify($1, ''), pg_notify($2, '')", WAKE_CHANNEL, LOST_CHANNEL
+            )
     return back
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """How much may run at once, over all workers."""
+
+    of_project: int
+    of_provider: int
+
+
 async def claim(
-    database: Database, worker_id: int, *, kinds: Sequence[str], limit: int
+    database: Database, worker_id: int, *, kinds: Sequence[str], limit: int, share: Share
 ) -> list[Job]:
-    """Take up to `limit` due jobs. Two processes that ask at once get different ones."""
+    """Take up to `limit` due jobs, a fair share of each project's.
+
+    Two processes that ask at once get different ones.
+    """
     async with database.hot() as connection:
         try:
-            rows = await connection.fetch(_CLAIM, worker_id, limit, list(kinds))
+            rows = await _claim(connection, worker_id, kinds, limit, share)
         except asyncpg.UniqueViolationError:
             # Another worker started the same key in this instant: it costs that job, not the rest.
-            if limit == 1:
-                return []
-            rows = await connection.fetch(_CLAIM, worker_id, 1, list(kinds))
+            rows = await _claim(connection, worker_id, kinds, 1, share) if limit > 1 else []
     return [
         Job(row[0], row[1], row[2], orjson.loads(row[3]), row[4], row[5], row[6], row[7])
         for row in rows
     ]
+
+
+async def _claim(
+    connection: Any,  # noqa: ANN401 - asyncpg ships no types
+    worker_id: int,
+    kinds: Sequence[str],
+    limit: int,
+    share: Share,
+) -> list[Any]:
+    return await connection.fetch(
+        _CLAIM, worker_id, limit, list(kinds), share.of_project, share.of_provider
+    )
 
 
 async def hand_back(database: Database, job: Job, delay: timedelta = timedelta(0)) -> None:
@@ -174,6 +281,18 @@ async def drop(database: Database, job: Job) -> None:
     async with database.hot() as connection:
         await connection.execute(
             "delete from jobs where id = $1 and epoch = $2 and state = 1", job.id, job.epoch
+        )
+
+
+async def fail(database: Database, job: Job, *, error: str) -> None:
+    """Give a job up for good; it stays, with its error, for the operator to see."""
+    async with database.hot() as connection:
+        await connection.execute(
+            "update jobs set state = 3, worker_id = null, last_error = $3 "
+            "where id = $1 and epoch = $2 and state = 1",
+            job.id,
+            job.epoch,
+            error[:2000],
         )
 
 

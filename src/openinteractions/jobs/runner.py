@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapp
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeAlias
 from uuid import UUID
 
@@ -21,7 +22,7 @@ from openinteractions.db.engine import LOST, Database
 from openinteractions.errors import LeaseLost
 from openinteractions.events.follow import listen
 from openinteractions.jobs import queue
-from openinteractions.jobs.queue import Job
+from openinteractions.jobs.queue import Job, Share
 
 _log = structlog.get_logger(__name__)
 
@@ -75,6 +76,10 @@ class Member:
     @asynccontextmanager
     async def joined(self) -> AsyncGenerator["Member"]:
         """Be a worker until the context ends; then let the jobs end, or hand them back."""
+        host = _host()
+        buried = await queue.bury(self._database, host=host, is_alive=_is_alive)
+        if buried:
+            _log.warning("worker.buried", jobs=buried)
         self.worker_id = await self._register()
         async with asyncio.TaskGroup() as group:
             self._group = group
@@ -116,9 +121,7 @@ class Member:
         return owned is not None and owned.cancelled
 
     async def _register(self) -> int:
-        return await queue.register(
-            self._database, host=socket.gethostname(), pid=os.getpid(), role=self._role
-        )
+        return await queue.register(self._database, host=_host(), pid=os.getpid(), role=self._role)
 
     async def _guard(self, job_id: UUID, work: Coroutine[Any, Any, None]) -> None:
         try:
@@ -187,6 +190,31 @@ class Member:
         await listen(self._database, queue.CANCEL_CHANNEL, received, lambda: None)
 
 
+def _host() -> str:
+    """Names this machine as far as process ids mean the same on it: name, boot and namespace."""
+    parts = [socket.gethostname()]
+    try:
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip())
+        parts.append(str(Path("/proc/self/ns/pid").readlink()))
+    except OSError:
+        # Nothing to compare with: another process is never taken for a dead one of this machine.
+        parts.append(os.urandom(8).hex())
+    return "/".join(parts)
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether a process id is in use here; one that was used again counts as alive."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 class Claimer:
     """Claims due jobs for a member and gives each to the handler of its kind."""
 
@@ -197,11 +225,13 @@ class Claimer:
         handlers: Mapping[str, Handler],
         *,
         concurrency: int,
+        share: Share,
     ) -> None:
         self._database = database
         self._member = member
         self._handlers = handlers
         self._concurrency = concurrency
+        self._share = share
         self._wake = asyncio.Event()
 
     @asynccontextmanager
@@ -247,6 +277,7 @@ class Claimer:
                 self._member.worker_id,
                 kinds=list(self._handlers),
                 limit=room,
+                share=self._share,
             )
         except LOST as error:
             _log.warning("worker.claim_failed", error=type(error).__name__)

@@ -54,16 +54,21 @@ def resumption_note(*, kind: str, text: str, discards: int) -> Json:
 
 def visible(steps: Sequence[Json]) -> list[Json]:
     """The steps without broken turns and the notes about them."""
-    kept: list[Json] = []
-    for step in steps:
+    dropped: set[int] = set()
+    for index, step in enumerate(steps):
         note = step.get(NOTE) if step.get("type") == "thought" else None
-        if isinstance(note, dict):
-            discards: object = note.get("discards")  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-            if isinstance(discards, int) and 0 < discards <= len(kept):
-                del kept[-discards:]
+        if not isinstance(note, dict):
             continue
-        kept.append(step)
-    return [step for step in kept if not (step["type"] == "model_output" and step.get("error"))]
+        dropped.add(index)
+        discards: object = note.get("discards")  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+        # Counted in steps as they stand, earlier notes included.
+        if isinstance(discards, int) and 0 < discards <= index:
+            dropped.update(range(index - discards, index))
+    return [
+        step
+        for index, step in enumerate(steps)
+        if index not in dropped and not (step["type"] == "model_output" and step.get("error"))
+    ]
 
 
 def for_model(steps: Sequence[Json], *, provider: str, model: str) -> list[Json]:

@@ -1,7 +1,7 @@
 """What a run is told (frozen at create) and what it remembers beyond its steps (ruling R17)."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
@@ -66,7 +66,7 @@ class RunState:
 
     def dump(self) -> bytes:
         """As JSON, for the interaction's row."""
-        return orjson.dumps(asdict(self))
+        return orjson.dumps(self)
 
     @classmethod
     def load(cls, data: bytes | None) -> "RunState":

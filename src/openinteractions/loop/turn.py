@@ -5,7 +5,7 @@ never shown a call. Citations are held back to the end of their text block, so t
 back from the steps shows everything in the same order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import orjson
@@ -145,7 +145,7 @@ class Turn:
         self._close()
         self._open = {"type": kind} | ({"content": []} if kind == "model_output" else {})
         self._offset = 0
-        self._emit("s", -1, encode(step_start(self._next, {"type": kind})))
+        self._emit("s", -1, step_start, {"type": kind})
         return self._open
 
     def _add_text(self, kind: str, delta: Json, text: str) -> None:
@@ -154,7 +154,7 @@ class Turn:
         self._start(kind)
         self._text.append(text)
         self._offset += len(text)
-        self._emit("d", self._offset, encode(step_delta(self._next, delta)))
+        self._emit("d", self._offset, step_delta, delta)
 
     def _add_signature(self, signature: str) -> None:
         step = self._start("thought")
@@ -170,7 +170,7 @@ class Turn:
 
     def _delta(self, delta: Json) -> None:
         self._offset += 1
-        self._emit("d", self._offset, encode(step_delta(self._next, delta)))
+        self._emit("d", self._offset, step_delta, delta)
 
     def _close_block(self) -> None:
         """Turn the text gathered so far into a content block, with its citations."""
@@ -194,13 +194,15 @@ class Turn:
         if step is None:
             return
         self._close_block()
-        self._emit("t", STOP, encode(step_stop(self._next)))
+        self._emit("t", STOP, step_stop)
         self.steps.append(step)
         self._next += 1
         self._open = None
 
-    def _emit(self, kind: str, offset: int, data: bytes) -> None:
+    def _emit(self, kind: str, offset: int, shape: Callable[..., Json], *content: Json) -> None:
+        """Show an event of the open step; where nobody watches, it is not even built."""
         if self._show is not None:
+            data = encode(shape(self._next, *content))
             self._show(Event(kind, Position(self._next, offset), data))
 
     # ---- signatures

@@ -4,6 +4,7 @@ import importlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import resources
 from typing import Any
 
@@ -11,7 +12,7 @@ import aiohttp
 
 from openinteractions.errors import NotFound, SetupError
 from openinteractions.models.port import Model
-from openinteractions.models.transport import Upstream
+from openinteractions.models.transport import Upstream, proxy_for
 from openinteractions.settings import ModelSettings, PriceSettings, ProviderSettings
 
 _PUBLIC = {
@@ -71,6 +72,8 @@ class Catalog:
             self._adapters["local"] = local
         self._aliases = models.aliases
         self._fallbacks = models.fallbacks
+        # A name without a price of its own is looked for among all of them.
+        self._price_of = lru_cache(maxsize=1024)(self._find_price)
         self._prices = _packaged_prices() | {k: _price(v) for k, v in models.prices.items()}
 
     @property
@@ -98,7 +101,7 @@ class Catalog:
         adapter = self._adapters.get(provider)
         if adapter is None:
             raise NotFound(f"The provider '{provider}' is not configured.")
-        return Target(target, provider, model, adapter, self._find_price(target, model))
+        return Target(target, provider, model, adapter, self._price_of(target, model))
 
     def _resolve_one(self, model_id: str) -> str:
         name = self._aliases.get(model_id, model_id)
@@ -143,6 +146,7 @@ def _adapter(
         headers=headers,
         connect_timeout=provider.connect_timeout,
         idle_timeout=provider.idle_timeout,
+        proxy=proxy_for(base_url),
     )
     if provider.kind == "openai":
         official = base_url.startswith(_PUBLIC["openai"])

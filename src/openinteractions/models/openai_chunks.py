@@ -118,7 +118,7 @@ class Turn:
         """
         if not isinstance(chunk, dict):
             raise ModelUnavailable("The upstream sent an unexpected answer.")
-        values = cast(Json, chunk)
+        values: Json = chunk
         if values.get("error"):
             raise _stream_error(values)
         usage = values.get("usage")
@@ -127,7 +127,8 @@ class Turn:
         choices: Any = values.get("choices")
         if not choices or not isinstance(choices, list):
             return ()
-        choice = _object(cast("list[Any]", choices)[0])
+        first: Any = choices[0]
+        choice = _object(first)
         self._begun = True
         self._reason = choice.get("finish_reason") or self._reason
         delta = _object(choice.get("delta") or choice.get("message"))
@@ -331,7 +332,8 @@ def _pcm(samples: bytes) -> Json:
 
 
 def _object(value: Any) -> Json:  # noqa: ANN401 - whatever the upstream sent
-    return cast(Json, value) if isinstance(value, dict) else {}
+    found: Json = value if isinstance(value, dict) else {}
+    return found
 
 
 def _objects(value: Any) -> list[Json]:  # noqa: ANN401 - whatever the upstream sent

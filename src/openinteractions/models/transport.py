@@ -8,10 +8,20 @@ import asyncio
 import contextlib
 import email.utils
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping
+import urllib.request
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Generator,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, timedelta
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import orjson
@@ -31,6 +41,7 @@ _OVERFLOW_MARKS = (
     "exceed context limit",
 )
 _MAX_ERROR_BYTES = 64 * 1024
+_SECRET_CHARS = 8
 _MAX_EVENT_BYTES = 64 * 2**20
 _DRAIN_S = 0.2
 
@@ -126,6 +137,17 @@ class Answer(AsyncIterator[Any]):
                     yield _json(payload)
 
 
+def proxy_for(url: str) -> str | None:
+    """The proxy that the environment (`HTTPS_PROXY`, `NO_PROXY`, …) wants for an address.
+
+    Asked once: aiohttp's `trust_env` asks a thread, twice, for every request.
+    """
+    parts = urlsplit(url)
+    if urllib.request.proxy_bypass(parts.hostname or ""):
+        return None
+    return urllib.request.getproxies().get(parts.scheme)
+
+
 class Upstream:
     """One provider's address, credentials and time-outs over a shared connection pool."""
 
@@ -137,10 +159,13 @@ class Upstream:
         headers: Mapping[str, str],
         connect_timeout: timedelta,
         idle_timeout: timedelta,
+        proxy: str | None = None,
     ) -> None:
         self._session = session
+        self._proxy = proxy
         self._base_url = base_url.rstrip("/")
         self._headers = {"Content-Type": "application/json", **headers}
+        self._secrets = [value.rpartition(" ")[2] for value in headers.values()]
         self._timeout = aiohttp.ClientTimeout(
             total=None,
             sock_connect=connect_timeout.total_seconds(),
@@ -185,11 +210,12 @@ class Upstream:
                         data=body,
                         headers={**self._headers, **(headers or {})},
                         timeout=self._timeout,
+                        proxy=self._proxy,
                         allow_redirects=False,
                     )
                 )
                 if response.status != 200:  # noqa: PLR2004 - the one good status
-                    raise await _refusal(response, explain)
+                    raise await _refusal(response, explain, secrets=self._secrets)
             answer = Answer(response)
             stack.push_async_callback(answer.close)
             yield answer
@@ -216,7 +242,10 @@ def _json(payload: bytes) -> Any:  # noqa: ANN401 - whatever the upstream sent
 
 
 async def _refusal(
-    response: aiohttp.ClientResponse, explain: Callable[[Any], str | None]
+    response: aiohttp.ClientResponse,
+    explain: Callable[[Any], str | None],
+    *,
+    secrets: Sequence[str],
 ) -> ModelError:
     raw = b""
     async for chunk in response.content.iter_any():
@@ -228,6 +257,9 @@ async def _refusal(
         message = explain(orjson.loads(raw))
     status = response.status
     text = f"The upstream answered {status}" + (f": {message}" if message else ".")
+    for secret in secrets:
+        # Vendors quote the key that they refuse, and callers see this text.
+        text = text.replace(secret, "…") if len(secret) >= _SECRET_CHARS else text
     return classify(text, status=status, retry_after_s=retry_after(response.headers))
 
 

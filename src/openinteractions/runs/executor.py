@@ -130,6 +130,7 @@ class Executor:
             epoch=epoch,
             key_id=loaded.key_id,
             is_budgeted=loaded.is_budgeted,
+            webhook=loaded.webhook,
             inputs=parsed[: row.input_count],
             generated=parsed[row.input_count :],
             shown=shown,

@@ -136,7 +136,8 @@ class LineHistory:
             before = known.size
             await self._compile_all(line, target, known, start=known.depth + 1)
             self._cache.grew(known.size - before)
-            return known.messages
+            # Another reader of the line may have taken it further meanwhile.
+            return known.messages[: known.ends[line.depth]]
         compiled = await self._compile_all(line, target, _Compiled(), start=0)
         self._cache.keep(line.segment_id, target.id, compiled)
         return compiled.messages

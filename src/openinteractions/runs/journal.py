@@ -50,6 +50,7 @@ class DatabaseJournal:
         self._row = interaction
         self._stream = stream
         self._next = next_index
+        self._held: list[Event] = []
         self.stored: list[StoredStep] = []
         """Generated steps that are committed, as their rows hold them."""
 
@@ -70,9 +71,9 @@ class DatabaseJournal:
         return await _whole(self._finish(steps, state, ending))
 
     def end_events(self, events: Sequence[Event]) -> None:
-        """Queue the stream's last events; `finish` writes them."""
+        """Hold events that the next commit or finish writes, and nobody sees before it."""
         if self._row.logged:
-            self._stream.pending.extend(events)
+            self._held += events
 
     async def by_uri(self, content: Json, base_url: str) -> Json:
         """Keep a generated medium and give the block that refers to it by `uri`."""
@@ -80,16 +81,20 @@ class DatabaseJournal:
         await self._keep([blob])
         return block
 
+    def _take_held(self) -> list[Event]:
+        held, self._held = self._held, []
+        return held
+
     async def _commit(self, steps: Sequence[Json], state: RunState) -> None:
         rows = await self._prepare(steps)
-        async with self._stream.exclusive() as (seq, events):
+        async with self._stream.exclusive(self._take_held()) as (seq, events):
             progress = self._progress(rows, state, seq, events)
             await _until_back(lambda: store.commit(self._database, progress))
             self._committed(rows, seq, events)
 
     async def _finish(self, steps: Sequence[Json], state: RunState, ending: Ending) -> datetime:
         rows = await self._prepare(steps)
-        async with self._stream.exclusive() as (seq, events):
+        async with self._stream.exclusive(self._take_held()) as (seq, events):
             progress = self._progress(rows, state, seq, events)
             updated_at = await _until_back(
                 lambda: store.finish(self._database, progress, ending),

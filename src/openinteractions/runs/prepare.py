@@ -85,7 +85,6 @@ def _refuse_later_features(request: CreateInteraction) -> None:
     """What this version does not have yet gets a clear answer, never silence (invariant 10)."""
     missing = {
         "agent": request.agent is not None,
-        "background": request.background,
         "environment": request.environment is not None,
         "cached_content": request.cached_content is not None,
         f"model '{request.model}'": request.model is not None and _is_agent(request.model),

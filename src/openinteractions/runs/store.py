@@ -2,6 +2,9 @@
 
 Each statement begins at the fence: the job's row, under the epoch that this process owns. Where the
 fence gives no row, another worker owns the run, and nothing is written (ruling R2).
+
+A running job has a worker (ck_jobs_owner). Asked for its state instead, the planner walks the index
+of all running jobs, the dead ones included, to find this one.
 """
 
 from collections.abc import Sequence
@@ -17,7 +20,8 @@ from openinteractions.resources.interactions.store import Interaction, StoredSte
 # The attempts start again from zero: progress was made (ruling R6).
 _COMMIT = """
 with fence as (
-  update jobs set attempt = 0 where id = $1 and epoch = $2 and state = 1 returning id
+  update jobs set attempt = 0
+   where id = $1 and epoch = $2 and worker_id is not null returning id
 ), turn as (
   update interactions i set run_state = $3, epoch = $2, updated_at = now()
     from fence where i.id = fence.id
@@ -38,7 +42,7 @@ select true from turn
 
 _FINISH = """
 with fence as (
-  delete from jobs where id = $1 and epoch = $2 and state = 1 returning id
+  delete from jobs where id = $1 and epoch = $2 and worker_id is not null returning id
 ), turn as (
   update interactions i
      set status = $10, usage = $11, errors = $12, warnings = $13, run_state = $3, epoch = $2,
@@ -57,9 +61,15 @@ with fence as (
   insert into spend (id, project_id, key_id, interaction_id, model, input_tokens, cached_tokens,
                      output_tokens, cost_nanousd)
   select $14, project_id, $15, id, $16, $17, $18, $19, $20 from turn
+), calls as (
+  insert into jobs (id, project_id, kind, args, max_attempts)
+  select u.id, t.project_id, 'deliver', u.args::jsonb, $23
+    from turn t, unnest($21::uuid[], $22::text[]) as u(id, args)
 )
 select updated_at from turn
 """
+
+_DELIVERY_ATTEMPTS = 20
 
 _SPEND = """
 insert into spend (id, project_id, key_id, model, input_tokens, cached_tokens, output_tokens,
@@ -70,7 +80,7 @@ values ($1, $2, $3, $4, $5, $6, $7, $8)
 _LOAD = """
 select id, project_id, segment_id, depth, previous_id, status, model, agent, background, logged,
        input_form, input_count, echo, usage, errors, warnings, created_at, updated_at,
-       spec, run_state, key_id,
+       spec, run_state, key_id, webhook,
        exists (select from budgets b where b.project_id = i.project_id
                   and (b.key_id is null or b.key_id = i.key_id))
   from interactions i where id = $1 and deleted_at is null
@@ -129,6 +139,8 @@ class Ending:
     errors: bytes | None
     warnings: bytes | None
     spend: Spend
+    deliveries: Sequence[str] = ()
+    """Callbacks to make, each the JSON arguments of a job of kind `deliver`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +151,7 @@ class Loaded:
     spec: bytes
     run_state: bytes | None
     key_id: UUID | None
+    webhook: bytes | None
     is_budgeted: bool
 
 
@@ -148,8 +161,8 @@ async def load(database: Database, interaction_id: UUID) -> Loaded | None:
         row = await connection.fetchrow(_LOAD, interaction_id)
     if row is None:
         return None
-    *columns, spec, run_state, key_id, is_budgeted = row
-    return Loaded(Interaction(*columns), spec, run_state, key_id, is_budgeted)
+    *columns, spec, run_state, key_id, webhook, is_budgeted = row
+    return Loaded(Interaction(*columns), spec, run_state, key_id, webhook, is_budgeted)
 
 
 async def commit(database: Database, progress: Progress) -> None:
@@ -188,6 +201,9 @@ async def finish(database: Database, progress: Progress, ending: Ending) -> date
             spend.cached_tokens,
             spend.output_tokens,
             spend.cost_nanousd,
+            [ids.uuid7() for _ in ending.deliveries],
+            list(ending.deliveries),
+            _DELIVERY_ATTEMPTS,
         )
     if updated_at is None:
         raise LeaseLost(f"the lease of {progress.interaction_id} is lost")

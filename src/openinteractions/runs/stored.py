@@ -12,6 +12,7 @@ from openinteractions.db.engine import LOST
 from openinteractions.errors import EngineError, Invalid, LeaseLost
 from openinteractions.events.log import Stream
 from openinteractions.events.types import ENDED, Event
+from openinteractions.jobs import queue
 from openinteractions.loop.context import resumption_note
 from openinteractions.loop.run import Outcome, Run
 from openinteractions.loop.spec import RunSpec, RunState
@@ -19,6 +20,7 @@ from openinteractions.loop.turn import RPC_UNAVAILABLE, fold, whole_step_events
 from openinteractions.models.port import Json
 from openinteractions.resources.interactions.runner import Ended
 from openinteractions.resources.interactions.store import Interaction
+from openinteractions.resources.webhooks.service import EVENTS
 from openinteractions.runs.house import House
 from openinteractions.runs.journal import DatabaseJournal
 from openinteractions.runs.purse import DayPurse
@@ -46,6 +48,8 @@ class StoredRun:
     """By this epoch, before the run began."""
     shown: list[Event] = field(default_factory=list[Event])
     """Everything that readers have seen, where an earlier owner was cut off."""
+    webhook: bytes | None = None
+    """The request's `webhook_config`, JSON."""
     is_cancelled: bool = False
     """It is to end at once."""
     is_hopeless: bool = False
@@ -84,6 +88,8 @@ async def drive(house: House, stored: StoredRun) -> Ended:
     )
     outcome = await _outcome(house, stored, run)
     ended = await _finish(stored, run, journal, outcome)
+    if stored.webhook is not None:
+        await queue.wake(house.database)
     await _remember(house, stored, run)
     return ended
 
@@ -158,7 +164,8 @@ async def _finish(stored: StoredRun, run: Run, journal: DatabaseJournal, outcome
     row = stored.interaction
     state = run.state
     usage = state.usage or dict(EMPTY_USAGE)
-    journal.end_events(_last_events(row, outcome, usage))
+    if row.logged:
+        journal.end_events(_last_events(row, outcome, usage))
     warnings = [*orjson.loads(row.warnings or b"[]"), *map(asdict, outcome.warnings)]
     ending = Ending(
         status=outcome.status,
@@ -166,6 +173,7 @@ async def _finish(stored: StoredRun, run: Run, journal: DatabaseJournal, outcome
         errors=orjson.dumps(outcome.errors) if outcome.errors else None,
         warnings=orjson.dumps(warnings) if warnings else None,
         spend=spend_of(run, stored.key_id),
+        deliveries=_deliveries(stored, outcome),
     )
     updated_at = await journal.finish(run.uncommitted, state, ending)
     _log.info(
@@ -187,6 +195,21 @@ async def _finish(stored: StoredRun, run: Run, journal: DatabaseJournal, outcome
         errors=ending.errors,
         warnings=ending.warnings,
     )
+
+
+def _deliveries(stored: StoredRun, outcome: Outcome) -> list[str]:
+    """The callbacks that this end fires."""
+    if stored.webhook is None:
+        return []
+    config: Json = orjson.loads(stored.webhook)
+    args = {
+        "event": EVENTS[outcome.status],
+        "interaction_id": ids.interaction_id(stored.interaction.id),
+        "ended_at": clock.rfc3339(clock.now()),
+        "error": outcome.errors[0] if outcome.status == "failed" else None,
+        "user_metadata": config.get("user_metadata"),
+    }
+    return [orjson.dumps({**args, "uri": uri}).decode() for uri in config.get("uris") or ()]
 
 
 def spend_of(run: Run, key_id: UUID | None) -> Spend:

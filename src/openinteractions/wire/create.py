@@ -31,6 +31,9 @@ from openinteractions.wire.tools import Tool
 MAX_DEPTH = 200
 """orjson writes 254 levels; a request is stored and shown inside other objects."""
 
+MAX_STEPS = 30_000
+"""A step's number has 15 bits in the database; the rest is left to what is generated."""
+
 _BRANCH = re.compile(r"(?P<id>[^@]+)@(?P<step>[0-9]{1,9})")
 
 
@@ -214,7 +217,10 @@ def _inside(container: object) -> Iterator[object]:
 
 def _steps(body: Json) -> tuple[InputForm, list[Json]]:
     if "input" in body:
-        return to_steps(body["input"])
+        form, steps = to_steps(body["input"])
+        if len(steps) > MAX_STEPS:
+            raise Invalid(f"Invalid value at 'input': more than {MAX_STEPS} steps.")
+        return form, steps
     if "continuation_token" in body:
         return "absent", []
     raise Invalid("Missing input.")

@@ -309,7 +309,11 @@ def _open_log(path: Path) -> BinaryIO:
     with contextlib.suppress(OSError):
         if path.stat().st_size > _MAX_LOG_BYTES:
             path.replace(path.with_suffix(".old.log"))
-    return path.open("ab")
+    try:
+        return path.open("ab")
+    except PermissionError:
+        # The folder belongs to somebody else, who pulled the models for all.
+        return Path(os.devnull).open("ab")
 
 
 async def _reap(process: asyncio.subprocess.Process) -> None:

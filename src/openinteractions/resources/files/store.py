@@ -6,12 +6,14 @@ from uuid import UUID
 from openinteractions.db.engine import Database
 from openinteractions.resources.files.media import Blob
 
+# One that is there already is locked, so that a delete which is about to drop it waits.
 _PUT = """
 with kept as (
   insert into blobs (project_id, sha256, mime_type, data)
   select distinct on (sha256) $1::uuid, sha256, mime_type, data
     from unnest($2::bytea[], $3::text[], $4::bytea[]) as u(sha256, mime_type, data)
-  on conflict do nothing
+   order by sha256
+  on conflict (project_id, sha256) do update set mime_type = blobs.mime_type
 )
 insert into blob_uses (project_id, sha256, segment_id, depth)
 select distinct $1::uuid, sha256, $5::uuid, $6::int from unnest($2::bytea[]) as u(sha256)

@@ -1,7 +1,8 @@
 """The HTTP face of `/interactions`."""
 
+import hashlib
 from collections.abc import AsyncIterator
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import orjson
@@ -9,19 +10,22 @@ import structlog
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
-from openinteractions.api import body, pages
+from openinteractions.api import body, pages, presence, scope
+from openinteractions.api.direct import DirectRoute
 from openinteractions.api.docs import ERRORS, json_body, json_response, stream_response
 from openinteractions.api.scope import Caller, CallerDep
 from openinteractions.errors import Invalid
 from openinteractions.events.types import decode_cursor
 from openinteractions.resources.interactions import render, service, store, stream
 from openinteractions.resources.interactions.schemas import InteractionList
-from openinteractions.resources.interactions.service import Service
+from openinteractions.resources.interactions.service import Asked, Service
+from openinteractions.resources.interactions.store import Interaction as StoredInteraction
 from openinteractions.wire.create import CreateInteraction, parse_create
 from openinteractions.wire.interaction import Interaction
 
 router = APIRouter(tags=["interactions"])
 
+_MAX_KEY_CHARS = 255
 _SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _STATUSES = frozenset(
     {
@@ -43,17 +47,12 @@ def _service(request: Request) -> Service:
     return here
 
 
-@router.post(
-    "/interactions",
-    response_model=None,
-    responses={200: json_response(Interaction) | stream_response(), **ERRORS},
-    openapi_extra=json_body("CreateInteraction"),
-)
-async def create_interaction(request: Request, caller: CallerDep) -> Response:
+async def create_interaction(request: Request) -> Response:
     """Create an interaction: a model's answer, with the conversation kept by the server.
 
     With `stream: true` the answer is a stream of server-sent events.
     """
+    caller = await scope.caller(request)
     limits = request.app.state.limits
     raw = await body.read(
         request,
@@ -63,19 +62,65 @@ async def create_interaction(request: Request, caller: CallerDep) -> Response:
     parsed = parse_create(raw, max_depth=limits.max_json_depth)
     here = _service(request)
     base_url = request.app.state.public_url or str(request.base_url).rstrip("/")
+    asked = Asked(
+        request=parsed,
+        digest=hashlib.sha256(raw).digest(),
+        idempotency_key=_idempotency_key(request, parsed),
+        base_url=base_url,
+    )
     if not parsed.store:
-        return await _create_unstored(here, caller, parsed, base_url)
-    started = await service.create_stored(here, caller, parsed, base_url)
+        return await _create_unstored(here, caller, asked)
+    try:
+        earlier = await service.find_earlier(here, caller, asked)
+        if earlier is None:
+            return await _create_stored(request, here, caller, asked)
+    except store.KeyTaken:
+        # Another create with the same Idempotency-Key came in between.
+        earlier = await service.find_earlier(here, caller, asked)
+        if earlier is None:
+            raise
+    return await _join(here, caller, parsed, earlier)
+
+
+async def _create_stored(request: Request, here: Service, caller: Caller, asked: Asked) -> Response:
+    started = await service.create_stored(here, caller, asked)
     structlog.contextvars.bind_contextvars(interaction_id=started.row.id.hex)
-    if parsed.stream:
+    if asked.request.stream:
         return _events(stream.fresh(here, started))
-    return _json(await service.result(here, caller, started))
+    if asked.request.background:
+        return _json(render.interaction(started.row, ()))
+    async with presence.noticing(request, lambda: service.lost(here, started.row, asked)):
+        return _json(await service.result(here, caller, started))
 
 
-async def _create_unstored(
-    here: Service, caller: Caller, parsed: CreateInteraction, base_url: str
+async def _join(
+    here: Service, caller: Caller, parsed: CreateInteraction, row: StoredInteraction
 ) -> Response:
-    run = await service.create_unstored(here, caller, parsed, base_url)
+    """Answer a repeated create with the interaction that it made the first time."""
+    structlog.contextvars.bind_contextvars(interaction_id=row.id.hex, joined=True)
+    if parsed.stream:
+        return _events(stream.resumed(here, row, None))
+    if parsed.background:
+        return _json(
+            render.interaction(row, await service.steps_of(here, row, start=row.input_count))
+        )
+    return _json(await service.later_result(here, caller, row))
+
+
+router.add_api_route(
+    "/interactions",
+    create_interaction,
+    methods=["POST"],
+    response_model=None,
+    responses={200: json_response(Interaction) | stream_response(), **ERRORS},
+    openapi_extra=json_body("CreateInteraction"),
+    route_class_override=DirectRoute,
+)
+
+
+async def _create_unstored(here: Service, caller: Caller, asked: Asked) -> Response:
+    parsed = asked.request
+    run = await service.create_unstored(here, caller, parsed, asked.base_url)
     if parsed.stream:
         return _events(stream.unstored(run))
     try:
@@ -109,8 +154,8 @@ async def list_interactions(  # noqa: PLR0913 - one for each query field
     query = request.query_params
     narrow = store.Filter(
         status=_statuses(status or []),
-        model=model,
-        agent=agent,
+        model=_text("model", model),
+        agent=_text("agent", agent),
         labels=_labels(label or []),
         created_after=_aware("created_after", created_after),
         created_before=_aware("created_before", created_before),
@@ -191,6 +236,19 @@ def _events(frames: AsyncIterator[bytes]) -> Response:
     return StreamingResponse(frames, media_type="text/event-stream", headers=_SSE_HEADERS)
 
 
+def _idempotency_key(request: Request, parsed: CreateInteraction) -> str | None:
+    key = request.headers.get("idempotency-key")
+    if key is None:
+        return None
+    if not parsed.store:
+        raise Invalid(
+            "An Idempotency-Key needs 'store': an unstored interaction is not found again."
+        )
+    if not 0 < len(key) <= _MAX_KEY_CHARS or not key.isprintable():
+        raise Invalid(f"The Idempotency-Key must be 1 to {_MAX_KEY_CHARS} printable characters.")
+    return key
+
+
 def _statuses(values: list[str]) -> list[str]:
     for value in values:
         if value not in _STATUSES:
@@ -208,7 +266,16 @@ def _labels(values: list[str]) -> str | None:
     return orjson.dumps(pairs).decode() if pairs else None
 
 
+def _text(name: str, value: str | None) -> str | None:
+    if value is not None and "\x00" in value:
+        raise Invalid(f"Invalid value for '{name}': it holds a NUL character.")
+    return value
+
+
 def _aware(name: str, moment: datetime | None) -> datetime | None:
     if moment is not None and moment.tzinfo is None:
         raise Invalid(f"Invalid value for '{name}': it needs a time zone, for example a final Z.")
-    return moment
+    try:
+        return moment and moment.astimezone(UTC)
+    except OverflowError:
+        raise Invalid(f"Invalid value for '{name}': there is no such time in UTC.") from None

@@ -13,13 +13,15 @@ import structlog
 from openinteractions import ids
 from openinteractions.api import pages
 from openinteractions.api.scope import Caller
-from openinteractions.db.engine import Database
-from openinteractions.errors import Invalid, NotFound, Unready
+from openinteractions.db.engine import LOST, Database
+from openinteractions.errors import Conflict, Invalid, NotFound, Unready
 from openinteractions.events.follow import Hub, Tail
 from openinteractions.events.types import CREATED, IN_PROGRESS, Event, first_seq, join
+from openinteractions.jobs import queue
 from openinteractions.resources.files import media
 from openinteractions.resources.files import store as files
 from openinteractions.resources.interactions import render, store
+from openinteractions.resources.interactions.lost import LostResponses
 from openinteractions.resources.interactions.runner import (
     Ended,
     Lease,
@@ -39,7 +41,16 @@ from openinteractions.wire.events import created, encode, status_update
 
 _log = structlog.get_logger(__name__)
 
-_EPOCH = 1
+_OWNED = 1
+"""The epoch of a run that its creator owns; one that is left to the queue begins at 0."""
+_LOST_WITHIN = timedelta(seconds=30)
+_RANK = {
+    "priority": timedelta(seconds=-60),
+    "standard": timedelta(0),
+    "flex": timedelta(minutes=2),
+    "deferred": timedelta(minutes=10),
+}
+"""How far a service tier moves a job in its project's line."""
 _POLL_S = 1.0
 
 
@@ -51,7 +62,10 @@ class Service:
     hub: Hub
     tail: Tail
     runner: Runner
+    lost: LostResponses
     retention: timedelta
+    max_attempts: int
+    """Deaths of its workers without progress after which a run is failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,22 +122,60 @@ class Started:
     """A stored interaction that was just created and runs."""
 
     row: Interaction
-    ended: Awaitable[Ended | None]
+    ended: Awaitable[Ended | None] | None
+    """Its end, where this process runs it."""
     first_events: list[Event]
+    """Empty where no stream was asked for."""
     first_seq: int
     """The number of the first of them in the log."""
 
 
-async def create_stored(
-    service: Service, caller: Caller, request: CreateInteraction, base_url: str
-) -> Started:
-    """Write an interaction with its input and start its run in this process."""
-    prepared = await service.runner.prepare(caller.project_id, request, base_url)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A create as it came, beside what it says."""
+
+    request: CreateInteraction
+    digest: bytes
+    """SHA-256 of the body."""
+    idempotency_key: str | None
+    base_url: str
+    """Where the caller reaches this server."""
+
+
+async def find_earlier(service: Service, caller: Caller, asked: Asked) -> Interaction | None:
+    """The interaction that this very request has made before, if it is to be joined.
+
+    That is one with the same Idempotency-Key; without a key, one whose answer is known to have been
+    lost a moment ago, as when an SDK repeats a create over a new connection (ruling R15).
+
+    Raises:
+        Conflict: The key was used for another request.
+    """
+    key = asked.idempotency_key
+    if key is None:
+        if not service.lost.is_any:
+            return None
+        return await store.take_lost(
+            service.database, caller.project_id, asked.digest, within=_LOST_WITHIN
+        )
+    found = await store.find_idempotent(service.database, caller.project_id, key)
+    if found is None:
+        return None
+    row, digest = found
+    if digest != asked.digest:
+        raise Conflict("The Idempotency-Key was used for another request already.")
+    return row
+
+
+async def create_stored(service: Service, caller: Caller, asked: Asked) -> Started:
+    """Write an interaction with its input, and start its run here or leave it to the queue."""
+    request = asked.request
+    prepared = await service.runner.prepare(caller.project_id, request, asked.base_url)
     # At the end of its line is where most turns go; who finds that place taken opens a new line.
     for branch in (False, True, True):
         parent = await _parent(service, caller, request)
         place = _place(parent, branch=branch)
-        started = await _try_create(service, caller, request, prepared, parent, place)
+        started = await _try_create(service, caller, asked, prepared, parent, place)
         if started is not None:
             return started
     raise Unready("Too many interactions continue the same one at once.", retry_after_s=1)
@@ -134,11 +186,16 @@ async def result(service: Service, caller: Caller, started: Started) -> bytes:
 
     Should another worker take the run over, its end is waited for all the same.
     """
-    ended = await asyncio.shield(started.ended)
+    ended = None if started.ended is None else await started.ended
     if ended is not None:
         row = _finished(started.row, ended)
         return render.interaction(row, await inline(service, row.project_id, ended.steps))
-    row = await _wait_for_end(service, caller, started.row)
+    return await later_result(service, caller, started.row)
+
+
+async def later_result(service: Service, caller: Caller, row: Interaction) -> bytes:
+    """Wait for the end of an interaction that runs elsewhere, and render it as its create would."""
+    row = await _wait_for_end(service, caller, row)
     return render.interaction(row, await steps_of(service, row, start=row.input_count))
 
 
@@ -152,6 +209,12 @@ async def _wait_for_end(service: Service, caller: Caller, row: Interaction) -> I
                     async with asyncio.timeout(_POLL_S):
                         await subscription.wake.wait()
     return row
+
+
+async def lost(service: Service, row: Interaction, asked: Asked) -> None:
+    """The caller of a create went away before its answer; a retry of the request joins it."""
+    with contextlib.suppress(*LOST):
+        await store.record_lost(service.database, row, asked.digest)
 
 
 async def listing(
@@ -280,16 +343,18 @@ def _require_answers(pending: Sequence[str], answers: Sequence[str]) -> None:
 async def _try_create(
     service: Service,
     caller: Caller,
-    request: CreateInteraction,
+    asked: Asked,
     prepared: Prepared,
     parent: Parent | None,
     place: Place,
 ) -> Started | None:
     """One try; None if another turn took the place, or the parent was deleted, meanwhile."""
+    request = asked.request
     interaction_id = ids.uuid7()
+    epoch = 0 if request.background else _OWNED
     steps = await _store_media(service, caller.project_id, prepared, place)
-    first_events = _first_events(interaction_id, request)
-    start = first_seq(_EPOCH) + 1
+    first_events = _first_events(interaction_id, request) if request.stream else []
+    start = first_seq(epoch) + 1
     new = NewInteraction(
         id=interaction_id,
         project_id=caller.project_id,
@@ -308,20 +373,28 @@ async def _try_create(
         warnings=orjson.dumps(prepared.warnings) if prepared.warnings else None,
         retention=service.retention,
         provider=prepared.provider,
-        worker_id=service.runner.worker_id,
+        worker_id=None if request.background else service.runner.worker_id,
         first_seq=start,
         first_events=join(first_events),
+        rank=_RANK[request.service_tier or "standard"],
+        max_attempts=service.max_attempts,
+        webhook=None if request.webhook_config is None else orjson.dumps(request.webhook_config),
+        idempotency_key=asked.idempotency_key,
+        request_hash=asked.digest,
     )
     created_at = await store.create(service.database, new)
     if created_at is None:
         return None
     row = _row(new, created_at)
+    if request.background:
+        await queue.wake(service.database)
+        return Started(row, None, first_events, start)
     lease = Lease(
         interaction=row,
         spec=prepared.spec,
         steps=prepared.steps,
-        epoch=_EPOCH,
-        events_written=len(first_events) if request.stream else 0,
+        epoch=epoch,
+        events_written=len(first_events),
         key_id=caller.key_id,
         is_budgeted=caller.is_budgeted,
     )

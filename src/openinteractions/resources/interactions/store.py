@@ -9,7 +9,10 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
+import asyncpg
+
 from openinteractions.db.engine import Database
+from openinteractions.jobs.queue import LOST_CHANNEL
 
 _COLUMNS = """id, project_id, segment_id, depth, previous_id, status, model, agent, background,
  logged, input_form, input_count, echo, usage, errors, warnings, created_at, updated_at"""
@@ -22,9 +25,10 @@ with parent as (
 ), turn as (
   insert into interactions
     (id, project_id, key_id, segment_id, depth, previous_id, status, model, agent, background,
-     logged, input_form, input_count, labels, echo, spec, warnings, expires_at)
+     logged, input_form, input_count, labels, echo, spec, warnings, expires_at, webhook,
+     idempotency_key, request_hash)
   select $1, $2, $3, $4, $5, $6::uuid, 'in_progress', $7, $8, $9, $10::boolean, $11, $12,
-         $13::jsonb, $14, $15, $16, now() + $17::interval
+         $13::jsonb, $14, $15, $16, now() + $17::interval, $30::bytea, $31, $32::bytea
    where $6 is null or exists (select from parent)
   on conflict (segment_id, depth) do nothing
   returning id, created_at
@@ -32,10 +36,10 @@ with parent as (
   insert into segments (id, project_id, parent_id, parent_depth, parent_idx)
   select $4, $2, $18::uuid, $19::int, $20::smallint from turn where $21
 ), job as (
-  insert into jobs (id, project_id, kind, provider, state, worker_id, epoch, attempt)
-  select id, $2, 'run', $22::text, case when $23::bigint is null then 0 else 1 end, $23,
-         case when $23 is null then 0 else 1 end, case when $23 is null then 0 else 1 end
-    from turn
+  insert into jobs (id, project_id, kind, provider, state, worker_id, epoch, attempt, rank_at,
+                    max_attempts)
+  select id, $2, 'run', $22::text, u.taken, $23, u.taken, u.taken, now() + $29::interval, $33
+    from turn, (select case when $23::bigint is null then 0 else 1 end) as u(taken)
 ), input as (
   insert into steps (segment_id, depth, idx, project_id, type, media, data)
   select $4, $5, u.n - 1, $2, u.type, u.media, u.data
@@ -136,46 +140,70 @@ class NewInteraction:
     first_seq: int
     first_events: bytes
     """The log's first row; written if `logged`."""
+    rank: timedelta
+    """How far its service tier moves it in its project's line; negative is ahead."""
+    max_attempts: int
+    webhook: bytes | None
+    idempotency_key: str | None
+    request_hash: bytes
+
+
+class KeyTaken(Exception):
+    """Another create has used the same Idempotency-Key in this instant."""
 
 
 async def create(database: Database, new: NewInteraction) -> datetime | None:
     """Write an interaction, its input, its job and its first events.
 
     Returns its creation time; None if another turn took its place, or its parent was deleted.
+
+    Raises:
+        KeyTaken: Its Idempotency-Key was used meanwhile.
     """
+    try:
+        async with database.hot() as connection:
+            return await connection.fetchval(_CREATE, *_values(new))
+    except asyncpg.UniqueViolationError as error:
+        raise KeyTaken from error
+
+
+def _values(new: NewInteraction) -> tuple[object, ...]:
     place = new.place
-    async with database.hot() as connection:
-        return await connection.fetchval(
-            _CREATE,
-            new.id,
-            new.project_id,
-            new.key_id,
-            place.segment_id,
-            place.depth,
-            new.previous_id,
-            new.model,
-            new.agent,
-            new.background,
-            new.logged,
-            new.input_form,
-            len(new.steps),
-            new.labels,
-            new.echo,
-            new.spec,
-            new.warnings,
-            new.retention,
-            place.parent_id,
-            place.parent_depth,
-            place.parent_idx,
-            place.is_new_line,
-            new.provider,
-            new.worker_id,
-            [step.type for step in new.steps],
-            [step.media for step in new.steps],
-            [step.data for step in new.steps],
-            new.first_seq,
-            new.first_events,
-        )
+    return (
+        new.id,
+        new.project_id,
+        new.key_id,
+        place.segment_id,
+        place.depth,
+        new.previous_id,
+        new.model,
+        new.agent,
+        new.background,
+        new.logged,
+        new.input_form,
+        len(new.steps),
+        new.labels,
+        new.echo,
+        new.spec,
+        new.warnings,
+        new.retention,
+        place.parent_id,
+        place.parent_depth,
+        place.parent_idx,
+        place.is_new_line,
+        new.provider,
+        new.worker_id,
+        [step.type for step in new.steps],
+        [step.media for step in new.steps],
+        [step.data for step in new.steps],
+        new.first_seq,
+        new.first_events,
+        new.rank,
+        new.webhook,
+        new.idempotency_key,
+        new.request_hash,
+        new.max_attempts,
+    )
 
 
 async def get(database: Database, project_id: UUID, interaction_id: UUID) -> Interaction | None:
@@ -186,6 +214,54 @@ async def get(database: Database, project_id: UUID, interaction_id: UUID) -> Int
             "where id = $1 and project_id = $2 and deleted_at is null",
             interaction_id,
             project_id,
+        )
+    return None if row is None else Interaction(*row)
+
+
+async def find_idempotent(
+    database: Database, project_id: UUID, key: str
+) -> tuple[Interaction, bytes] | None:
+    """The interaction that an Idempotency-Key made, and the hash of its request."""
+    async with database.hot() as connection:
+        row = await connection.fetchrow(
+            f"select {_COLUMNS}, request_hash from interactions "  # noqa: S608 - constant columns
+            "where project_id = $1 and idempotency_key = $2 and deleted_at is null",
+            project_id,
+            key,
+        )
+    return None if row is None else (Interaction(*row[:-1]), row[-1])
+
+
+async def record_lost(database: Database, row: Interaction, request_hash: bytes) -> None:
+    """Note that the answer to a create did not reach its caller, and tell every api process."""
+    async with database.hot() as connection:
+        await connection.execute(
+            "insert into lost_responses (project_id, request_hash, interaction_id) "
+            "values ($1, $2, $3) on conflict do nothing",
+            row.project_id,
+            request_hash,
+            row.id,
+        )
+        await connection.execute("select pg_notify($1, '')", LOST_CHANNEL)
+
+
+async def take_lost(
+    database: Database, project_id: UUID, request_hash: bytes, *, within: timedelta
+) -> Interaction | None:
+    """The interaction whose answer to this very request was lost; it is given out once."""
+    async with database.hot() as connection:
+        row = await connection.fetchrow(
+            f"""with taken as (
+                  delete from lost_responses where ctid = (
+                    select ctid from lost_responses
+                     where project_id = $1 and request_hash = $2 and at > now() - $3::interval
+                     order by at desc limit 1 for update skip locked)
+                  returning interaction_id)
+                select {_COLUMNS} from interactions
+                 where id in (select interaction_id from taken) and deleted_at is null""",  # noqa: S608
+            project_id,
+            request_hash,
+            within,
         )
     return None if row is None else Interaction(*row)
 
@@ -303,16 +379,23 @@ async def delete(database: Database, project_id: UUID, interaction_id: UUID) -> 
 
 
 async def _drop_blobs(connection: Any, project_id: UUID, segment: UUID, depths: list[int]) -> None:  # noqa: ANN401
-    await connection.execute(
+    # Locked before the count: a create that is about to use one of them is waited for, and seen.
+    rows = await connection.fetch(
         """with gone as (
              delete from blob_uses
               where project_id = $1 and segment_id = $2 and depth = any($3::int[])
-             returning sha256, segment_id, depth)
-           delete from blobs b using gone
-            where b.project_id = $1 and b.sha256 = gone.sha256 and not exists (
-              select 1 from blob_uses u where u.project_id = $1 and u.sha256 = b.sha256
-                 and not (u.segment_id = $2 and u.depth = any($3::int[])))""",
+             returning sha256)
+           select b.sha256 from blobs b
+            where b.project_id = $1 and b.sha256 in (select sha256 from gone)
+            order by b.sha256 for update of b""",
         project_id,
         segment,
         depths,
+    )
+    await connection.execute(
+        """delete from blobs b
+            where b.project_id = $1 and b.sha256 = any($2::bytea[]) and not exists (
+              select from blob_uses u where u.project_id = $1 and u.sha256 = b.sha256)""",
+        project_id,
+        [row[0] for row in rows],
     )

@@ -14,6 +14,7 @@ from typing import cast
 import orjson
 
 from openinteractions import ids
+from openinteractions.db.engine import LOST
 from openinteractions.events.follow import Subscription, follow
 from openinteractions.events.types import (
     CREATED,
@@ -38,6 +39,7 @@ from openinteractions.wire.events import (
     completed,
     created,
     encode,
+    error,
     sse_frame,
     status_update,
     step_delta,
@@ -49,6 +51,7 @@ from openinteractions.wire.events import (
 _KEEP_ALIVE_S = 15.0
 _POLL_S = 1.0
 _PIECE_CHARS = 16 * 1024
+_MAX_INDEX = 2**15 - 1  # of a step in the database; a cursor's may lie beyond
 
 
 def frame(row: Interaction, event: Event, seq: int) -> bytes:
@@ -113,8 +116,11 @@ async def _follow(
     service_: Service, row: Interaction, subscription: Subscription, after: Cursor
 ) -> AsyncIterator[bytes | None]:
     async def gone() -> bool:
-        now = await store.get(service_.database, row.project_id, row.id)
-        return now is None or not now.logged
+        try:
+            now = await store.get(service_.database, row.project_id, row.id)
+        except LOST:
+            return False
+        return now is None or not now.logged or not now.is_running
 
     async for batch in follow(
         service_.tail,
@@ -139,8 +145,8 @@ async def _from_steps(service_: Service, row: Interaction, after: Cursor) -> Asy
             shown = await store.get(service_.database, row.project_id, row.id)
             if shown is None:
                 break
-            index = max(position.index, 0)
-            stored = await service.steps_of(service_, shown, start=shown.input_count + index)
+            index = min(shown.input_count + max(position.index, 0), _MAX_INDEX)
+            stored = await service.steps_of(service_, shown, start=index)
             events = list(_after(_events(shown, stored), position))
             if events:
                 position = events[-1].position
@@ -173,7 +179,13 @@ def _events(row: Interaction, stored: Sequence[StoredStep]) -> Iterator[Event]:
     yield Event("u", IN_PROGRESS, encode(status_update(public, "in_progress")))
     for item in stored:
         yield from _step_events(item.index - row.input_count, orjson.loads(item.data))
-    if not row.is_running:
+    if row.status == "failed" and row.errors is not None:
+        fault = orjson.loads(row.errors)[0]
+        yield Event("e", ENDED, encode(error(fault["code"], fault["message"])))
+    elif not row.is_running:
+        if row.status == "cancelled":
+            update = encode(status_update(public, "cancelled"))
+            yield Event("u", ENDED._replace(offset=-1), update)
         if row.usage is not None:
             fields["usage"] = orjson.loads(row.usage)
         yield Event("f", ENDED, encode(completed(fields)))

@@ -16,7 +16,8 @@ from openinteractions.events.follow import listen
 from openinteractions.resources.keys import store
 
 DEFAULT_PROJECT = "default"
-_PREFIX_CHARS = 10
+PREFIX_CHARS = 10
+"""So much of a key is kept and shown."""
 _SHORTEST_KEY = 16
 _CACHED_S = 30.0
 _MOST_CACHED = 10_000
@@ -61,7 +62,7 @@ async def ensure(
         project_id=project_id,
         name=name,
         digest=_digest(key),
-        prefix=key[:_PREFIX_CHARS],
+        prefix=key[:PREFIX_CHARS],
     )
 
 

@@ -1,0 +1,41 @@
+"""Noticing that a caller went away while its answer is still being made."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+from fastapi import Request
+
+_NOT_BEFORE_S = 0.5
+"""Most answers are ready sooner, and are spared the watching."""
+
+
+@asynccontextmanager
+async def noticing(request: Request, gone: Callable[[], Awaitable[None]]) -> AsyncGenerator[None]:
+    """Call `gone`, once, if the client disconnects while the context lasts.
+
+    Args:
+        request: Whose client. Its body has been read.
+        gone: What to do; the context goes on all the same.
+    """
+    loop = asyncio.get_running_loop()
+    watch: asyncio.Task[None] | None = None
+
+    def begin() -> None:
+        nonlocal watch
+        watch = loop.create_task(_watch(request, gone), name="presence")
+
+    timer = loop.call_later(_NOT_BEFORE_S, begin)
+    try:
+        yield
+    finally:
+        timer.cancel()
+        if watch is not None:
+            watch.cancel()
+            await asyncio.wait([watch])
+
+
+async def _watch(request: Request, gone: Callable[[], Awaitable[None]]) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    await asyncio.shield(gone())

@@ -1,0 +1,86 @@
+"""What this process counts, in the Prometheus text format.
+
+Labels are few and bounded: routes, kinds, providers, outcomes; never ids, keys, or model text.
+"""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+REGISTRY = CollectorRegistry(auto_describe=True)
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
+
+requests = Counter(
+    "oi_requests", "HTTP requests answered.", ["method", "route", "status"], registry=REGISTRY
+)
+request_seconds = Histogram(
+    "oi_request_seconds",
+    "Time to the last byte of an answer.",
+    ["route"],
+    buckets=_SECONDS,
+    registry=REGISTRY,
+)
+runs_active = Gauge("oi_runs_active", "Jobs that run in this process.", registry=REGISTRY)
+runs = Counter("oi_runs", "Interactions that ended.", ["status"], registry=REGISTRY)
+run_seconds = Histogram(
+    "oi_run_seconds", "Time from start to end of a run.", buckets=_SECONDS, registry=REGISTRY
+)
+takeovers = Counter(
+    "oi_takeovers", "Runs that this process took over from a lost owner.", registry=REGISTRY
+)
+leases_lost = Counter(
+    "oi_leases_lost", "Runs that another worker took from this process.", registry=REGISTRY
+)
+jobs_claimed = Counter("oi_jobs_claimed", "Jobs claimed.", ["kind"], registry=REGISTRY)
+jobs_failed = Counter("oi_jobs_failed", "Jobs given up for good.", ["kind"], registry=REGISTRY)
+jobs_swept = Counter(
+    "oi_jobs_swept", "Jobs taken from dead workers and queued again.", registry=REGISTRY
+)
+model_calls = Counter(
+    "oi_model_calls", "Calls of upstream models.", ["provider", "outcome"], registry=REGISTRY
+)
+model_seconds = Histogram(
+    "oi_model_seconds",
+    "Duration of upstream calls.",
+    ["provider"],
+    buckets=_SECONDS,
+    registry=REGISTRY,
+)
+model_first_seconds = Histogram(
+    "oi_model_first_seconds",
+    "Time to the first event of upstream calls.",
+    ["provider"],
+    buckets=_SECONDS,
+    registry=REGISTRY,
+)
+model_tokens = Counter(
+    "oi_model_tokens", "Tokens of upstream calls.", ["provider", "kind"], registry=REGISTRY
+)
+events_written = Counter("oi_events_written", "Stream events committed.", registry=REGISTRY)
+event_flush_seconds = Histogram(
+    "oi_event_flush_seconds",
+    "Duration of a write of the event log.",
+    buckets=_SECONDS,
+    registry=REGISTRY,
+)
+streams_open = Gauge("oi_streams_open", "Event streams being read here.", registry=REGISTRY)
+deliveries = Counter(
+    "oi_webhook_deliveries", "Tries to deliver a callback.", ["outcome"], registry=REGISTRY
+)
+database_errors = Counter(
+    "oi_database_errors", "Times that the database was away.", ["where"], registry=REGISTRY
+)
+queue_jobs = Gauge(
+    "oi_queue_jobs",
+    "Jobs in the queue, as the database has them.",
+    ["kind", "state"],
+    registry=REGISTRY,
+)
+queue_oldest_seconds = Gauge(
+    "oi_queue_oldest_seconds", "Age of the oldest job that is due.", ["kind"], registry=REGISTRY
+)
+workers_alive = Gauge("oi_workers_alive", "Processes that beat.", ["role"], registry=REGISTRY)
+
+
+def render() -> bytes:
+    """The current values."""
+    return generate_latest(REGISTRY)
