@@ -18,7 +18,7 @@ _TABLE = """
 create table if not exists floor (
   id uuid primary key, project_id uuid not null, status text not null, spec bytea not null,
   answer bytea, created_at timestamptz not null default now(),
-  updated_at timestamptz not null default now())
+  updated_at timestamptz not null default now()) with (fillfactor = 80)
 """
 _CREATE = "insert into floor (id, project_id, status, spec) values ($1, $2, 'in_progress', $3)"
 _FINISH = "update floor set status = 'completed', answer = $2, updated_at = now() where id = $1"

@@ -77,9 +77,7 @@ class Client(asyncio.Protocol):
         if not self._whole:
             self._see_events(reply)
         is_whole = (
-            len(reply.data) >= self._whole
-            if self._whole
-            else reply.data.endswith(b"\r\n0\r\n\r\n")
+            len(reply.data) >= self._whole if self._whole else reply.data.endswith(b"\r\n0\r\n\r\n")
         )
         if is_whole and self._done is not None and not self._done.done():
             reply.ended = time.perf_counter()

@@ -96,6 +96,11 @@ def cpu_s(pid: int) -> float:
     return total
 
 
+def postgres_pid() -> int:
+    """The embedded PostgreSQL that this process has started."""
+    return next(p.pid for p in psutil.Process().children() if p.name() == "postgres")
+
+
 def memory_mib(pid: int) -> tuple[float, float]:
     """RSS and PSS of one process, without its children."""
     info = psutil.Process(pid).memory_full_info()

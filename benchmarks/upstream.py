@@ -12,7 +12,20 @@ import orjson
 import uvloop
 
 _LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
-_WORDS = "The quick brown fox jumps over the lazy dog near the river bank ".split()
+_WORDS = (
+    "The",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "the",
+    "lazy",
+    "dog",
+    "near",
+    "a",
+    "river",
+)
 
 
 def _events() -> list[bytes]:
@@ -65,8 +78,8 @@ class _Connection(asyncio.Protocol):
             length = _LENGTH.search(head)
             if length is None:
                 text = b"%d" % _Connection.last_length
-                size = len(text)
-                self._transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size + text)
+                head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(text)
+                self._transport.write(head + text)
                 return
             self._left = _Connection.last_length = int(length[1])
             data = rest

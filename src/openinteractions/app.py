@@ -10,10 +10,11 @@ from fastapi.openapi.utils import get_openapi
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from openinteractions import __version__, ids
+from openinteractions import __version__, ids, metrics
 from openinteractions.api import docs, errors
-from openinteractions.api.scope import Authenticator
+from openinteractions.api.scope import Authenticator, CallerDep
 from openinteractions.errors import NotFound, Unready
+from openinteractions.jobs import overview
 from openinteractions.process import Process
 from openinteractions.resources.files import routes as files
 from openinteractions.resources.interactions import routes as interactions
@@ -118,13 +119,17 @@ class _Envelope:
             if status == 0:
                 await answer(scope, receive, tagged)
         finally:
-            route = scope.get("route")
+            seconds = time.perf_counter() - began
+            # Unknown paths are one route, whatever they are: labels stay few.
+            route = getattr(scope.get("route"), "path", None)
+            metrics.requests.labels(scope["method"], route or "?", status).inc()
+            metrics.request_seconds.labels(route or "?").observe(seconds)
             _log.info(
                 "request",
                 method=scope["method"],
-                path=getattr(route, "path", scope["path"][:120]),
+                path=route or scope["path"][:120],
                 status=status,
-                ms=round((time.perf_counter() - began) * 1000, 1),
+                ms=round(seconds * 1000, 1),
             )
 
 
@@ -162,6 +167,13 @@ def _operations() -> APIRouter:
             raise Unready("The server is stopping.")
         await request.app.state.database.ping()
         return Response(b'{"status":"ready"}', media_type="application/json")
+
+    @router.get("/metrics")
+    async def prometheus(request: Request, caller: CallerDep) -> Response:
+        """Prometheus metrics of this process, and the queue's. Needs an API key like all else."""
+        del caller
+        await overview.measure(request.app.state.database)
+        return Response(metrics.render(), media_type=metrics.CONTENT_TYPE)
 
     @router.get("/openapi.json")
     async def openapi(request: Request) -> Response:

@@ -126,7 +126,14 @@ async def _working(
         ),
     )
     async with claimer.running(), asyncio.TaskGroup() as group:
-        task = group.create_task(upkeep.for_ever(database), name="upkeep")
+        task = group.create_task(
+            upkeep.for_ever(
+                database,
+                every=settings.worker.upkeep_interval,
+                keep_events=settings.event_retention,
+            ),
+            name="upkeep",
+        )
         try:
             yield
         finally:

@@ -158,6 +158,8 @@ class WorkerSettings(_Group):
     """Silence after which its runs go to another worker."""
     max_attempts: int = Field(default=5, ge=1)
     """Deaths without progress after which a run is failed."""
+    upkeep_interval: Duration = timedelta(minutes=15)
+    """How often expired interactions and event logs are dropped."""
     flush_interval: Duration = timedelta(milliseconds=25)
     """How long stream deltas are gathered before they are committed."""
 
@@ -220,6 +222,9 @@ class Settings(BaseSettings):
     """Web origins that may call the API."""
     retention: Duration = timedelta(days=55)
     """How long stored interactions are kept."""
+    event_retention: Duration = timedelta(days=2)
+    """How long the event log of an ended interaction is kept; its stream is then read from its
+    steps."""
 
     providers: dict[str, ProviderSettings] = Field(default_factory=dict)
     models: ModelSettings = Field(default_factory=ModelSettings)

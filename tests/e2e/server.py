@@ -33,7 +33,7 @@ UPSTREAM_KEYS = {"acme": "sk-acme-upstream-secret", "goog": "goog-secret", "anth
 USAGE = {"total_input_tokens": 7, "total_output_tokens": 5, "total_tokens": 12}
 MAX_BODY = 2 * 2**20
 BODY_SILENCE_S = 1.0
-START_S = 60
+START_S = 90
 SOURCES = Path(__file__).parents[2] / "src"
 """Of the tree that the tests stand in."""
 

@@ -241,7 +241,7 @@ async def test_a_takeover_waits_for_a_write_that_is_in_flight(
         )
     else:
         await zombie.fetchval(
-            runs._COMMIT, *runs._progress_values(progress(stream, 0, 2, [stage.delta(0)]))
+            runs._COMMIT, *runs._progress_values(progress(stream, 0, 2, [stage.delta(0)])), True
         )
     takeover = asyncio.create_task(stage.take_over(database, staged.id))
     await asyncio.sleep(0.1)

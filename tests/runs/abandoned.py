@@ -28,6 +28,11 @@ async def dead_worker(database: Database, *, silent_for: timedelta = timedelta(h
         )
 
 
+async def stalled_worker(database: Database) -> int:
+    """One that does not act, but is not declared dead for a while."""
+    return await dead_worker(database, silent_for=-timedelta(hours=1))
+
+
 async def project_of(database: Database) -> UUID:
     async with database.hot() as connection:
         return await connection.fetchval("select id from projects where name = 'default'")

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from datetime import timedelta
 
 import pytest
@@ -137,7 +138,7 @@ async def test_a_second_takeover_closes_what_the_first_one_left(
     """Broken twice: the model still sees the whole input, and only it."""
     key = await abandoned.leave(server, fake, given="hi", shown=[TextDelta("One")])
     fake.replies.append(house.reply("Two", "", stall_after=2))
-    dead = await abandoned.dead_worker(server.database)
+    dead = await abandoned.stalled_worker(server.database)
     async with house.opened(database_url, fake, role="api") as doomed:
         job = await abandoned.claim(server.database, house.uuid_of(key), dead)
         task = asyncio.create_task(doomed.process.executor.run_job(job))
@@ -304,7 +305,7 @@ async def test_a_poison_run_ends(server: Server, database_url: str, fake, shows:
     """Every worker that takes it dies of it, before or after it has shown something."""
     key = await abandoned.leave(server, fake, given="hi")
     fake.default = house.reply("Boom", "", stall_after=2 if shows else 0)
-    dead = await abandoned.dead_worker(server.database)
+    dead = await abandoned.stalled_worker(server.database)
     deaths = 0
     async with house.opened(database_url, fake, role="api") as doomed:
         while (await server.get(key))["status"] == "in_progress":
@@ -330,10 +331,11 @@ async def test_a_poison_run_ends(server: Server, database_url: str, fake, shows:
 async def test_the_operator_says_how_many_deaths_are_too_many(
     server: Server, database_url: str, fake
 ):
-    key = await abandoned.leave(server, fake, given="hi")
+    async with house.opened(database_url, fake, role="api", worker={"max_attempts": 2}) as strict:
+        key = await abandoned.leave(strict, fake, given="hi")
     async with server.database.hot() as connection:
         await connection.execute("update jobs set attempt = 2")
-    async with worker(database_url, fake, worker={"max_attempts": 2}):
+    async with worker(database_url, fake):
         got = await abandoned.ended(server, key)
     assert got["status"] == "failed"
     assert fake.requests == []
@@ -425,9 +427,10 @@ async def test_lost_connections_do_not_double_or_lose_a_step(database_url: str, 
     fake.default = lambda received: house.reply(*(f"{n} " for n in range(10)), gap_s=0.04)
     async with house.opened(database_url, fake, worker={"dead_after": 5}) as server:
         streams = [asyncio.create_task(server.streamed(f"s{n}")) for n in range(6)]
-        for _ in range(4):
-            await asyncio.sleep(0.12)
+        await house.eventually(lambda: has_asked(fake, 6))
+        for _ in range(3):
             await kill_backends(database_url)
+            await asyncio.sleep(0.12)
         for stream in streams:
             frames = await stream
             assert house.texts(frames) == "".join(f"{n} " for n in range(10))
@@ -462,15 +465,15 @@ async def test_after_an_outage_the_first_request_already_works(server: Server, d
 async def test_the_database_is_killed_in_the_middle_of_runs(fake):
     """kill -9 of the postmaster: it comes back, and the runs end as if nothing had been."""
     fake.default = slow_echo
-    async with postgres.cluster() as own:
-        url = await own.create()
+    async with durable_cluster() as own:
+        url = own.url
         database = house.Database(url, pool_size=2)
         await house_migrate(database)
         async with house.opened(url, fake, worker={"dead_after": 3}) as server:
             creating = [asyncio.create_task(server.call(*post(f"c{n}"))) for n in range(4)]
             streams = [asyncio.create_task(server.streamed(f"s{n}")) for n in range(4)]
             await house.eventually(lambda: has_asked(fake, 8))
-            postgres.os.kill(own.server._server.pid, postgres.SIGKILL)
+            postgres.os.kill(own._server.pid, postgres.SIGKILL)
             for number, stream in enumerate(streams):
                 frames = await stream
                 assert house.texts(frames).endswith(f"re: s{number}")
@@ -488,6 +491,17 @@ async def test_the_database_is_killed_in_the_middle_of_runs(fake):
             assert {row[1] for row in rows} == {"completed"}
             assert await house.rows(server.database, "spend") == 8
         await database.close()
+
+
+@asynccontextmanager
+async def durable_cluster() -> AsyncGenerator[postgres.EmbeddedPostgres]:
+    """Unlike the quick cluster of the other tests, it keeps what it has committed."""
+    with postgres.scratch() as home:
+        server = postgres.EmbeddedPostgres(
+            home, settings={"fsync": "off"}, system_folder=home / "system"
+        )
+        async with server:
+            yield server
 
 
 def post(given: str) -> tuple[str, str, Json]:

@@ -43,8 +43,15 @@ def json_response(model: type[BaseModel]) -> dict[str, Any]:
 
 def stream_response() -> dict[str, Any]:
     """An answer that may also be an event stream."""
+    text = {"type": "string"}
+    event = {
+        "type": "object",
+        "description": "One event: `data` is a JSON document, in the last one `[DONE]`.",
+        "properties": {"event": text, "data": text, "id": text},
+        "required": ["event", "data"],
+    }
     return {
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {"schema": event}},
         "description": "The interaction, or its events.",
     }
 

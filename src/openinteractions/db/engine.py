@@ -64,6 +64,7 @@ class Database:
             pool_size=pool_size,
             max_overflow=0,
             pool_timeout=30,
+            pool_pre_ping=True,
             connect_args={
                 "timeout": 10,
                 "server_settings": {"application_name": "openinteractions"},
@@ -88,6 +89,9 @@ class Database:
             yield driver
         except LOST:
             held.invalidate()
+            # After an outage the others are dead too: found out once, not once for each.
+            while self._kept:
+                self._kept.pop().invalidate()
             raise
         finally:
             if self._wanted or not held.is_valid:
@@ -97,7 +101,10 @@ class Database:
 
     async def _take(self) -> PoolProxiedConnection:
         with self._wanting():
-            return await self.engine.raw_connection()
+            try:
+                return await self.engine.raw_connection()
+            except DBAPIError as error:
+                raise ConnectionResetError("the database gave no connection") from error
 
     @contextmanager
     def _wanting(self) -> Generator[None]:

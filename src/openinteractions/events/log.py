@@ -7,6 +7,7 @@ of the process. A stream whose lease was lost is told so and writes nothing more
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from uuid import UUID
 
 import structlog
 
+from openinteractions import metrics
 from openinteractions.db.engine import LOST, Database
 from openinteractions.errors import LeaseLost
 from openinteractions.events.follow import Hub
@@ -27,7 +29,7 @@ with fence as (
   select j.id, u.epoch, u.born, u.seq, u.data, j.project_id
     from unnest($1::uuid[], $2::int[], $3::timestamptz[], $4::bigint[], $5::bytea[])
          with ordinality as u(id, epoch, born, seq, data, n)
-    join jobs j on j.id = u.id and j.epoch = u.epoch and j.state = 1
+    join jobs j on j.id = u.id and j.epoch = u.epoch and j.worker_id is not null
    order by j.id
      for share of j
 ), written as (
@@ -194,6 +196,7 @@ class Writer:
 
     async def _write(self, batch: list[Stream], taken: list[tuple[int, list[Event]]]) -> None:
         rows = [(start, join(events)) for start, events in taken]
+        began = time.perf_counter()
         async with self._database.hot() as connection:
             fenced = await connection.fetch(
                 _APPEND,
@@ -203,6 +206,8 @@ class Writer:
                 [start for start, _ in rows],
                 [data for _, data in rows],
             )
+        metrics.event_flush_seconds.observe(time.perf_counter() - began)
+        metrics.events_written.inc(sum(len(events) for _, events in taken))
         owned = {row[0] for row in fenced}
         for stream, (start, events) in zip(batch, taken, strict=True):
             if stream.interaction_id in owned:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from uuid import UUID
 
+from openinteractions import metrics
 from openinteractions.db.engine import Database
 
 _COUNTS = """
@@ -40,6 +41,7 @@ select count(*) from jobs j
    select from workers w where w.id = j.worker_id and w.seen > now() - $1::interval)
 """
 
+_ALIVE_S = 10.0
 STATES = {0: "queued", 1: "running", 3: "failed"}
 
 
@@ -112,6 +114,20 @@ async def workers(database: Database) -> list[Worker]:
     """Every process on the list."""
     async with database.hot() as connection:
         return [Worker(*row) for row in await connection.fetch(_WORKERS)]
+
+
+async def measure(database: Database) -> None:
+    """Set the metrics that only the database knows."""
+    metrics.queue_jobs.clear()
+    metrics.queue_oldest_seconds.clear()
+    metrics.workers_alive.clear()
+    for count in await counts(database):
+        metrics.queue_jobs.labels(count.kind, count.state).set(count.jobs)
+        if count.state == "queued":
+            metrics.queue_oldest_seconds.labels(count.kind).set(count.oldest_s)
+    for worker in await workers(database):
+        if worker.silent_s <= _ALIVE_S:
+            metrics.workers_alive.labels(worker.role).inc()
 
 
 async def overview(database: Database, *, dead_after: timedelta, most: int = 10) -> Overview:

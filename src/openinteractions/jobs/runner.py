@@ -18,6 +18,7 @@ from uuid import UUID
 
 import structlog
 
+from openinteractions import metrics
 from openinteractions.db.engine import LOST, Database
 from openinteractions.errors import LeaseLost
 from openinteractions.events.follow import listen
@@ -104,6 +105,7 @@ class Member:
         assert self._group is not None, "the member has not joined"
         task = self._group.create_task(self._guard(job_id, work), name=f"job-{job_id.hex}")
         self._owned[job_id] = Owned(epoch, task)
+        metrics.runs_active.set(len(self._owned))
         return task
 
     def cancel(self, job_id: UUID) -> bool:
@@ -127,6 +129,7 @@ class Member:
         try:
             await work
         except LeaseLost:
+            metrics.leases_lost.inc()
             _log.warning("job.lease_lost", job_id=job_id.hex)
         except LOST as error:
             # The job stays ours in the database; the next beat finds it unowned and gives it back.
@@ -137,6 +140,7 @@ class Member:
             _log.exception("job.crashed", job_id=job_id.hex)
         finally:
             self._owned.pop(job_id, None)
+            metrics.runs_active.set(len(self._owned))
 
     async def _drain(self) -> None:
         tasks = [owned.task for owned in self._owned.values()]
@@ -154,8 +158,10 @@ class Member:
             await asyncio.sleep(self._timing.heartbeat.total_seconds())
             try:
                 await self._beat()
-                await queue.sweep(self._database, self._timing.dead_after)
+                swept = await queue.sweep(self._database, self._timing.dead_after)
+                metrics.jobs_swept.inc(swept)
             except LOST as error:
+                metrics.database_errors.labels("heartbeat").inc()
                 _log.warning("worker.beat_failed", error=type(error).__name__)
 
     async def _beat(self) -> None:
@@ -283,6 +289,7 @@ class Claimer:
             _log.warning("worker.claim_failed", error=type(error).__name__)
             return 0
         for job in jobs:
+            metrics.jobs_claimed.labels(job.kind).inc()
             _log.info("job.claimed", job_id=job.id.hex, kind=job.kind, epoch=job.epoch)
             task = self._member.own(job.id, job.epoch, self._run(job))
             task.add_done_callback(lambda _: self._wake.set())

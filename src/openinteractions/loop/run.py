@@ -21,6 +21,7 @@ from openinteractions.loop.limits import (
     room_for_output,
     spent_tokens,
 )
+from openinteractions.loop.meter import Meter
 from openinteractions.loop.ports import Ports
 from openinteractions.loop.spec import RunSpec, RunState
 from openinteractions.loop.structured import arguments_mismatch, text_mismatch
@@ -167,14 +168,18 @@ class Run:
             await self._ports.purse.reserve(**worst)
         self._turn = turn
         usage: Json = {}
+        meter = Meter(target.provider)
         try:
             async with target.adapter.stream(call) as events:
                 async for event in events:
+                    meter.event()
                     turn.add(await self._delivered(event) if isinstance(event, Media) else event)
             if turn.finished is None:
                 raise ModelUnavailable("The upstream's answer ended early.")
             usage = turn.finished.usage
+            meter.finished(usage)
         finally:
+            meter.close()
             await self._account(target, usage)
         self._turn = None
 

@@ -118,7 +118,7 @@ class Turn:
         """
         if not isinstance(chunk, dict):
             raise ModelUnavailable("The upstream sent an unexpected answer.")
-        values: Json = chunk
+        values = cast(Json, chunk)
         if values.get("error"):
             raise _stream_error(values)
         usage = values.get("usage")
@@ -127,8 +127,7 @@ class Turn:
         choices: Any = values.get("choices")
         if not choices or not isinstance(choices, list):
             return ()
-        first: Any = choices[0]
-        choice = _object(first)
+        choice = _object(cast("list[Any]", choices)[0])
         self._begun = True
         self._reason = choice.get("finish_reason") or self._reason
         delta = _object(choice.get("delta") or choice.get("message"))
@@ -332,8 +331,7 @@ def _pcm(samples: bytes) -> Json:
 
 
 def _object(value: Any) -> Json:  # noqa: ANN401 - whatever the upstream sent
-    found: Json = value if isinstance(value, dict) else {}
-    return found
+    return cast(Json, value) if isinstance(value, dict) else {}
 
 
 def _objects(value: Any) -> list[Json]:  # noqa: ANN401 - whatever the upstream sent

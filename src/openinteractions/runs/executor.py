@@ -1,12 +1,15 @@
 """What `app` hands to the resource as its runner, and the worker calls for jobs of kind `run`."""
 
 import asyncio
+import contextlib
 import time
 from uuid import UUID
 
 import orjson
 import structlog
 
+from openinteractions import metrics
+from openinteractions.errors import LeaseLost
 from openinteractions.events.types import parse_row
 from openinteractions.jobs import queue
 from openinteractions.jobs.queue import Job
@@ -80,17 +83,25 @@ class Executor:
         house = self._house
         if not house.member.cancel(interaction_id):
             await queue.request_cancel(house.database, interaction_id)
+        while not await self._ends_within_grace(project_id, interaction_id):
+            epoch = await store.steal(house.database, interaction_id, self.worker_id)
+            run = None if epoch is None else await self._load(interaction_id, epoch)
+            if run is None:
+                return
+            run.is_cancelled = True
+            # Lost to another cancel, or to a worker that claimed it in this instant: look again.
+            with contextlib.suppress(LeaseLost):
+                await stored.drive(house, run)
+                return
+
+    async def _ends_within_grace(self, project_id: UUID, interaction_id: UUID) -> bool:
         deadline = time.monotonic() + _CANCEL_GRACE_S
         while time.monotonic() < deadline:
-            row = await interactions.get(house.database, project_id, interaction_id)
+            row = await interactions.get(self._house.database, project_id, interaction_id)
             if row is None or not row.is_running:
-                return
+                return True
             await asyncio.sleep(_LOOK_S)
-        epoch = await store.steal(house.database, interaction_id, self.worker_id)
-        run = None if epoch is None else await self._load(interaction_id, epoch)
-        if run is not None:
-            run.is_cancelled = True
-            await stored.drive(house, run)
+        return False
 
     async def run_job(self, job: Job) -> None:
         """Take over a run whose owner was lost, and see it to its end."""
@@ -98,6 +109,8 @@ class Executor:
         if run is None:
             await queue.drop(self._house.database, job)
             return
+        if job.attempt > 1 or run.generated or run.shown:
+            metrics.takeovers.inc()
         run.is_cancelled = job.cancel_requested
         run.is_hopeless = job.attempt > job.max_attempts
         await stored.drive(self._house, run)

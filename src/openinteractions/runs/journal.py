@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -66,6 +67,10 @@ class DatabaseJournal:
         """Make steps durable, after every event that was shown before."""
         await _whole(self._commit(steps, state))
 
+    async def record(self, steps: Sequence[Json], state: RunState) -> None:
+        """Make durable what a dead owner has left: no progress of the run's own."""
+        await _whole(self._commit(steps, state, is_progress=False))
+
     async def finish(self, steps: Sequence[Json], state: RunState, ending: Ending) -> datetime:
         """Write the run's end; returns the interaction's `updated_at`."""
         return await _whole(self._finish(steps, state, ending))
@@ -85,10 +90,14 @@ class DatabaseJournal:
         held, self._held = self._held, []
         return held
 
-    async def _commit(self, steps: Sequence[Json], state: RunState) -> None:
+    async def _commit(
+        self, steps: Sequence[Json], state: RunState, *, is_progress: bool = True
+    ) -> None:
         rows = await self._prepare(steps)
         async with self._stream.exclusive(self._take_held()) as (seq, events):
-            progress = self._progress(rows, state, seq, events)
+            progress = replace(
+                self._progress(rows, state, seq, events), is_progress=is_progress
+            )
             await _until_back(lambda: store.commit(self._database, progress))
             self._committed(rows, seq, events)
 

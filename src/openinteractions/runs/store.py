@@ -17,10 +17,10 @@ from openinteractions.db.engine import Database
 from openinteractions.errors import LeaseLost
 from openinteractions.resources.interactions.store import Interaction, StoredStep
 
-# The attempts start again from zero: progress was made (ruling R6).
+# Where progress was made, the attempts start again from zero (ruling R6).
 _COMMIT = """
 with fence as (
-  update jobs set attempt = 0
+  update jobs set attempt = case when $10::boolean then 0 else attempt end
    where id = $1 and epoch = $2 and worker_id is not null returning id
 ), turn as (
   update interactions i set run_state = $3, epoch = $2, updated_at = now()
@@ -128,6 +128,8 @@ class Progress:
     seq: int
     events: bytes | None
     """A row of the log; None writes none."""
+    is_progress: bool = True
+    """False where it only records what a dead owner has left."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,7 +174,9 @@ async def commit(database: Database, progress: Progress) -> None:
         LeaseLost: Another worker owns the run; nothing was written.
     """
     async with database.hot() as connection:
-        fenced = await connection.fetchval(_COMMIT, *_progress_values(progress))
+        fenced = await connection.fetchval(
+            _COMMIT, *_progress_values(progress), progress.is_progress
+        )
     if fenced is None:
         raise LeaseLost(f"the lease of {progress.interaction_id} is lost")
 

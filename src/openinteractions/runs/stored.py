@@ -7,7 +7,7 @@ from uuid import UUID
 import orjson
 import structlog
 
-from openinteractions import clock, ids
+from openinteractions import clock, ids, metrics
 from openinteractions.db.engine import LOST
 from openinteractions.errors import EngineError, Invalid, LeaseLost
 from openinteractions.events.log import Stream
@@ -156,7 +156,7 @@ async def _close_broken(stored: StoredRun, journal: DatabaseJournal) -> None:
         )
         journal.end_events(whole_step_events(len(stored.generated) + len(steps), note))
         steps.append(note)
-    await journal.commit(steps, stored.state)
+    await journal.record(steps, stored.state)
     stored.generated += steps
 
 
@@ -176,6 +176,8 @@ async def _finish(stored: StoredRun, run: Run, journal: DatabaseJournal, outcome
         deliveries=_deliveries(stored, outcome),
     )
     updated_at = await journal.finish(run.uncommitted, state, ending)
+    metrics.runs.labels(outcome.status).inc()
+    metrics.run_seconds.observe(state.seconds)
     _log.info(
         "interaction.ended",
         interaction_id=row.id.hex,
