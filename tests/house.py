@@ -76,7 +76,7 @@ def settings(fake: FakeUpstream | None, **tree: Any) -> Settings:
     values: Json = {
         "data_dir": Path("/tmp/oi-test-nowhere"),
         "providers": {"fake": {**provider, "api_key": "none"}},
-        "worker": {"heartbeat": 0.2, "dead_after": 1.0, "flush_interval": "5ms"},
+        "worker": {"heartbeat": 0.2, "dead_after": 2.0, "flush_interval": "5ms"},
         "models": {"attempts": 3, "max_retry_wait": 0.05},
     }
     for name, value in tree.items():

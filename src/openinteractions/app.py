@@ -7,10 +7,11 @@ import orjson
 import structlog
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
+from opentelemetry.trace import SpanKind
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from openinteractions import __version__, ids, metrics
+from openinteractions import __version__, ids, metrics, tracing
 from openinteractions.api import docs, errors
 from openinteractions.api.scope import Authenticator, CallerDep
 from openinteractions.errors import NotFound, Unready
@@ -112,7 +113,13 @@ class _Envelope:
             await send(message)
 
         try:
-            await self._app(scope, receive, tagged)
+            with tracing.span(
+                f"{scope['method']} request",
+                kind=SpanKind.SERVER,
+                parent=_parent(scope),
+                attributes={"http.request.method": scope["method"], "oi.request_id": request_id},
+            ):
+                await self._app(scope, receive, tagged)
         except Exception as error:  # noqa: BLE001 - the request boundary
             request = Request(scope)
             answer = errors.crash(request, error)
@@ -131,6 +138,14 @@ class _Envelope:
                 status=status,
                 ms=round(seconds * 1000, 1),
             )
+
+
+def _parent(scope: Scope) -> dict[str, str]:
+    """The caller's own trace, where it sends one."""
+    for name, value in scope["headers"]:
+        if name == b"traceparent":
+            return {"traceparent": value.decode("latin-1")}
+    return {}
 
 
 def _later() -> APIRouter:

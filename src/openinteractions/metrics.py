@@ -9,8 +9,13 @@ from prometheus_client import (
     Counter,
     Gauge,
     Histogram,
+    disable_created_metrics,
     generate_latest,
+    start_http_server,
 )
+
+# A series beside every other that says only when the process counted first.
+disable_created_metrics()
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 REGISTRY = CollectorRegistry(auto_describe=True)
@@ -87,6 +92,11 @@ queue_oldest_seconds = Gauge(
     "oi_queue_oldest_seconds", "Age of the oldest job that is due.", ["kind"], registry=REGISTRY
 )
 workers_alive = Gauge("oi_workers_alive", "Processes that beat.", ["role"], registry=REGISTRY)
+
+
+def serve(port: int) -> None:
+    """Serve them on a port of their own, from a thread, for a process without an API."""
+    start_http_server(port, registry=REGISTRY)
 
 
 def render() -> bytes:

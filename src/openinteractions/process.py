@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import aiohttp
 import structlog
 
+from openinteractions import __version__, tracing
 from openinteractions.crypto import Sealer, master_key
 from openinteractions.db.engine import Database
 from openinteractions.events.follow import Hub, Notifier, Tail
@@ -58,6 +59,8 @@ async def opened(settings: Settings, database: Database, *, role: str) -> AsyncG
         database: Migrated; closed by the caller.
         role: `api`, `worker` or `all`; only the last two take work from the queue.
     """
+    if settings.traces:
+        tracing.configure(version=__version__, role=role)
     async with AsyncExitStack() as stack:
         hub, tail = Hub(), Tail(database)
         writer = Writer(database, hub, interval=settings.worker.flush_interval)

@@ -158,6 +158,8 @@ class WorkerSettings(_Group):
     """Silence after which its runs go to another worker."""
     max_attempts: int = Field(default=5, ge=1)
     """Deaths without progress after which a run is failed."""
+    metrics_port: int | None = Field(default=None, ge=1, le=65535)
+    """Port on which a worker of its own serves `/metrics`, on all addresses, without a key."""
     upkeep_interval: Duration = timedelta(minutes=15)
     """How often expired interactions and event logs are dropped."""
     flush_interval: Duration = timedelta(milliseconds=25)
@@ -225,6 +227,9 @@ class Settings(BaseSettings):
     event_retention: Duration = timedelta(days=2)
     """How long the event log of an ended interaction is kept; its stream is then read from its
     steps."""
+
+    traces: bool = False
+    """Send OpenTelemetry traces; on by itself where `OTEL_EXPORTER_OTLP_ENDPOINT` is set."""
 
     providers: dict[str, ProviderSettings] = Field(default_factory=dict)
     models: ModelSettings = Field(default_factory=ModelSettings)
@@ -296,6 +301,8 @@ def load(config: Path | None = None, **options: Any) -> Settings:  # noqa: ANN40
     values = _read_toml(config or (Path(env["OI_CONFIG"]) if env.get("OI_CONFIG") else None))
     if "database_url" not in values and env.get("DATABASE_URL"):
         values["database_url"] = env["DATABASE_URL"]
+    if env.get("OTEL_EXPORTER_OTLP_ENDPOINT"):
+        values.setdefault("traces", True)
     try:
         settings = Settings(**values)
         chosen = {key: value for key, value in options.items() if value is not None}

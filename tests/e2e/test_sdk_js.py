@@ -14,7 +14,7 @@ from tests.e2e.server import USAGE, Fakes, Server, answer, turn
 from tests.fakes.upstream import Received, Reply
 
 JS = Path(__file__).parent / "js"
-OLDEST_NODE = 20
+OLDEST_NODE = 18
 
 SCRIPTS = {
     "words": answer("one ", "two ", "three ", "four "),

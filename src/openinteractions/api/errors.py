@@ -86,7 +86,12 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
 
 def _methods(request: Request) -> list[str]:
     """What is possible at a path: each method has a route of its own."""
-    scope: dict[str, Any] = {"type": "http", "path": request.scope["path"], "root_path": "", "headers": []}
+    scope: dict[str, Any] = {
+        "type": "http",
+        "path": request.scope["path"],
+        "root_path": "",
+        "headers": [],
+    }
     routes: list[BaseRoute] = request.app.routes
     return [
         method

@@ -157,6 +157,18 @@ def models_list(*, data_dir: DataDir = None, config: Config = None) -> None:
     command.show(settings)
 
 
+@app.command()
+def doctor(*, data_dir: DataDir = None, config: Config = None) -> None:
+    """Say what is wrong and what to do: exit code 0 well, 1 warnings, 2 problems."""
+    settings = _settings(config, data_dir=data_dir)
+    from openinteractions.cli import doctor as command  # noqa: PLC0415 - as above
+
+    async def examine() -> None:
+        sys.exit(await command.examine(settings))
+
+    _run(examine())
+
+
 @keys_app.command("create")
 def keys_create(
     *,

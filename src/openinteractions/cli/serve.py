@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator
 import structlog
 import uvicorn
 
+from openinteractions import metrics
 from openinteractions.api.scope import Authenticator
 from openinteractions.app import create_app
 from openinteractions.cli import database as databases
@@ -101,6 +102,8 @@ async def work(settings: Settings) -> None:
             "which has a worker inside"
         )
     stop = asyncio.Event()
+    if settings.worker.metrics_port is not None:
+        metrics.serve(settings.worker.metrics_port)
     async with databases.opened(settings) as database:
         await migrate.require_current(database)
         async with opened(settings, database, role="worker"):

@@ -7,6 +7,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import asyncpg
 from sqlalchemy import event
+from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_dbapi
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -103,8 +104,8 @@ class Database:
         with self._wanting():
             try:
                 return await self.engine.raw_connection()
-            except DBAPIError as error:
-                raise ConnectionResetError("the database gave no connection") from error
+            except (DBAPIError, AsyncAdapt_asyncpg_dbapi.Error) as error:
+                raise ConnectionResetError(f"the database gave no connection: {error}") from error
 
     @contextmanager
     def _wanting(self) -> Generator[None]:

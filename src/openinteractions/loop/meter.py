@@ -1,9 +1,15 @@
-"""Counts one upstream call: how long, how soon, how many tokens, how it ended."""
+"""Measures one upstream call: how long, how soon, how many tokens, how it ended."""
 
 import time
-from typing import Any
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Self
 
-from openinteractions import metrics
+from opentelemetry.trace import SpanKind
+
+from openinteractions import metrics, tracing
+from openinteractions.models.catalog import Target
+from openinteractions.models.port import Finished
 
 _KINDS = {
     "input": "total_input_tokens",
@@ -14,32 +20,60 @@ _KINDS = {
 
 
 class Meter:
-    """Begin it before the call, close it after, whatever happens between."""
+    """Around one call: metrics, and a client span with the GenAI conventions' names."""
 
-    def __init__(self, provider: str) -> None:
-        self._provider = provider
+    def __init__(self, target: Target) -> None:
+        self._target = target
         self._began = time.perf_counter()
-        self._outcome = "broken"
         self._has_begun = False
+        self._outcome = "broken"
+        self._stack = ExitStack()
 
-    def event(self) -> None:
-        """Something came; the first time tells how long the upstream thought."""
+    async def __aenter__(self) -> Self:
+        target = self._target
+        self._span = self._stack.enter_context(
+            tracing.span(
+                f"chat {target.model}",
+                kind=SpanKind.CLIENT,
+                attributes={
+                    "gen_ai.operation.name": "chat",
+                    "gen_ai.provider.name": target.provider,
+                    "gen_ai.request.model": target.model,
+                },
+            )
+        )
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        provider = self._target.provider
+        metrics.model_calls.labels(provider, self._outcome).inc()
+        metrics.model_seconds.labels(provider).observe(self._elapsed())
+        self._stack.__exit__(kind, error, traceback)
+
+    def event(self, event: object) -> None:
+        """Something came: the first tells how long the upstream thought, the last how much."""
+        provider = self._target.provider
         if not self._has_begun:
             self._has_begun = True
-            metrics.model_first_seconds.labels(self._provider).observe(self._elapsed())
-
-    def finished(self, usage: dict[str, Any]) -> None:
-        """The turn is whole."""
+            metrics.model_first_seconds.labels(provider).observe(self._elapsed())
+        if not isinstance(event, Finished):
+            return
         self._outcome = "finished"
         for kind, key in _KINDS.items():
-            tokens = usage.get(key)
-            if tokens:
-                metrics.model_tokens.labels(self._provider, kind).inc(tokens)
-
-    def close(self) -> None:
-        """The call is over."""
-        metrics.model_calls.labels(self._provider, self._outcome).inc()
-        metrics.model_seconds.labels(self._provider).observe(self._elapsed())
+            if tokens := event.usage.get(key):
+                metrics.model_tokens.labels(provider, kind).inc(tokens)
+        self._span.set_attributes(
+            {
+                "gen_ai.response.finish_reasons": (event.reason,),
+                "gen_ai.usage.input_tokens": event.usage.get("total_input_tokens", 0),
+                "gen_ai.usage.output_tokens": event.usage.get("total_output_tokens", 0),
+            }
+        )
 
     def _elapsed(self) -> float:
         return time.perf_counter() - self._began

@@ -168,18 +168,16 @@ class Run:
             await self._ports.purse.reserve(**worst)
         self._turn = turn
         usage: Json = {}
-        meter = Meter(target.provider)
+        meter = Meter(target)
         try:
-            async with target.adapter.stream(call) as events:
+            async with meter, target.adapter.stream(call) as events:
                 async for event in events:
-                    meter.event()
+                    meter.event(event)
                     turn.add(await self._delivered(event) if isinstance(event, Media) else event)
             if turn.finished is None:
                 raise ModelUnavailable("The upstream's answer ended early.")
             usage = turn.finished.usage
-            meter.finished(usage)
         finally:
-            meter.close()
             await self._account(target, usage)
         self._turn = None
 

@@ -109,7 +109,8 @@ class Executor:
         if run is None:
             await queue.drop(self._house.database, job)
             return
-        if job.attempt > 1 or run.generated or run.shown:
+        run.trace = job.args
+        if job.epoch > 1:
             metrics.takeovers.inc()
         run.is_cancelled = job.cancel_requested
         run.is_hopeless = job.attempt > job.max_attempts

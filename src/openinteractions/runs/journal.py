@@ -95,9 +95,7 @@ class DatabaseJournal:
     ) -> None:
         rows = await self._prepare(steps)
         async with self._stream.exclusive(self._take_held()) as (seq, events):
-            progress = replace(
-                self._progress(rows, state, seq, events), is_progress=is_progress
-            )
+            progress = replace(self._progress(rows, state, seq, events), is_progress=is_progress)
             await _until_back(lambda: store.commit(self._database, progress))
             self._committed(rows, seq, events)
 

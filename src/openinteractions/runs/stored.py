@@ -7,7 +7,7 @@ from uuid import UUID
 import orjson
 import structlog
 
-from openinteractions import clock, ids, metrics
+from openinteractions import clock, ids, metrics, tracing
 from openinteractions.db.engine import LOST
 from openinteractions.errors import EngineError, Invalid, LeaseLost
 from openinteractions.events.log import Stream
@@ -50,6 +50,8 @@ class StoredRun:
     """Everything that readers have seen, where an earlier owner was cut off."""
     webhook: bytes | None = None
     """The request's `webhook_config`, JSON."""
+    trace: dict[str, str] | None = None
+    """The trace to continue, where the run was not started by a request in this process."""
     is_cancelled: bool = False
     """It is to end at once."""
     is_hopeless: bool = False
@@ -63,6 +65,22 @@ async def drive(house: House, stored: StoredRun) -> Ended:
         LeaseLost: Another worker owns the run.
         CancelledError: The process stops; the run goes on elsewhere.
     """
+    row = stored.interaction
+    with tracing.span(
+        "interaction",
+        parent=stored.trace,
+        attributes={
+            "oi.interaction_id": ids.interaction_id(row.id),
+            "oi.epoch": stored.epoch,
+            "gen_ai.request.model": row.model or "",
+        },
+    ) as span:
+        ended = await _drive(house, stored)
+        span.set_attribute("oi.status", ended.status)
+        return ended
+
+
+async def _drive(house: House, stored: StoredRun) -> Ended:
     row = stored.interaction
     stream = Stream.begin(row.id, stored.epoch, row.created_at, written=stored.events_written)
     journal = DatabaseJournal(

@@ -95,7 +95,8 @@ class Interaction(BaseModel):
 
     model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
 
-    id: str
+    id: str | None = None
+    """Absent with `store=false`: nothing can be done with such a one."""
     object: Literal["interaction"] = "interaction"
     status: Status
     model: str | None = None

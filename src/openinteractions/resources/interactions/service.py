@@ -10,7 +10,7 @@ from uuid import UUID
 import orjson
 import structlog
 
-from openinteractions import ids
+from openinteractions import ids, tracing
 from openinteractions.api import pages
 from openinteractions.api.scope import Caller
 from openinteractions.db.engine import LOST, Database
@@ -381,6 +381,7 @@ async def _try_create(
         webhook=None if request.webhook_config is None else orjson.dumps(request.webhook_config),
         idempotency_key=asked.idempotency_key,
         request_hash=asked.digest,
+        trace=orjson.dumps(tracing.carrier()).decode(),
     )
     created_at = await store.create(service.database, new)
     if created_at is None:

@@ -37,8 +37,9 @@ with parent as (
   select $4, $2, $18::uuid, $19::int, $20::smallint from turn where $21
 ), job as (
   insert into jobs (id, project_id, kind, provider, state, worker_id, epoch, attempt, rank_at,
-                    max_attempts)
-  select id, $2, 'run', $22::text, u.taken, $23, u.taken, u.taken, now() + $29::interval, $33
+                    max_attempts, args)
+  select id, $2, 'run', $22::text, u.taken, $23, u.taken, u.taken, now() + $29::interval, $33,
+         $34::text::jsonb
     from turn, (select case when $23::bigint is null then 0 else 1 end) as u(taken)
 ), input as (
   insert into steps (segment_id, depth, idx, project_id, type, media, data)
@@ -146,6 +147,8 @@ class NewInteraction:
     webhook: bytes | None
     idempotency_key: str | None
     request_hash: bytes
+    trace: str
+    """The trace that the run continues: a JSON object, empty where there is none."""
 
 
 class KeyTaken(Exception):
@@ -203,6 +206,7 @@ def _values(new: NewInteraction) -> tuple[object, ...]:
         new.idempotency_key,
         new.request_hash,
         new.max_attempts,
+        new.trace,
     )
 
 
