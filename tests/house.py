@@ -14,15 +14,17 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import aiohttp
 import orjson
+import pytest
 import uvicorn
 
 from openinteractions import ids
 from openinteractions.app import create_app
 from openinteractions.db.engine import Database
+from openinteractions.jobs import runner
 from openinteractions.models.port import Finished, Json, ModelEvent, TextDelta
 from openinteractions.process import Process
 from openinteractions.process import opened as open_process
@@ -76,7 +78,7 @@ def settings(fake: FakeUpstream | None, **tree: Any) -> Settings:
     values: Json = {
         "data_dir": Path("/tmp/oi-test-nowhere"),
         "providers": {"fake": {**provider, "api_key": "none"}},
-        "worker": {"heartbeat": 0.2, "dead_after": 2.0, "flush_interval": "5ms"},
+        "worker": {"heartbeat": 0.2, "dead_after": 1.0, "flush_interval": "5ms"},
         "models": {"attempts": 3, "max_retry_wait": 0.05},
     }
     for name, value in tree.items():
@@ -206,6 +208,10 @@ async def opened(
     """A server on its own pool of connections, as another process would be."""
     chosen = settings(fake, **tree)
     database = Database(url, pool_size=pool)
+    patch = pytest.MonkeyPatch()
+    # Each stands for a process on a machine of its own: by its process id it would be taken for
+    # the one that the test opened before it.
+    patch.setattr(runner, "_host", lambda: uuid4().hex)
     try:
         await keys.ensure(database, KEY, name="test")
         async with open_process(chosen, database, role=role) as process:
@@ -215,6 +221,7 @@ async def opened(
                 async with aiohttp.ClientSession(base, timeout=timeout, read_bufsize=2**22) as http:
                     yield Server(process, database, http, chosen)
     finally:
+        patch.undo()
         await database.close()
 
 

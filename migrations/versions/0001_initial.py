@@ -58,6 +58,7 @@ def upgrade() -> None:
         sa.Column("depth", sa.Integer(), nullable=False),
         sa.Column("previous_id", sa.Uuid(), nullable=True),
         sa.Column("parent_run_id", sa.Uuid(), nullable=True),
+        sa.Column("created_by", sa.BigInteger(), nullable=True),
         sa.Column("status", sa.Text(), nullable=False),
         sa.Column("model", sa.Text(), nullable=True),
         sa.Column("agent", sa.Text(), nullable=True),

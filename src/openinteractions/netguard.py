@@ -30,6 +30,8 @@ _TIMEOUT = aiohttp.ClientTimeout(total=60, sock_connect=10, sock_read=20)
 _CALLBACK_TIMEOUT = aiohttp.ClientTimeout(total=15, sock_connect=5)
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _NAT64 = IPv6Network("64:ff9b::/96")
+# What Python 3.11 takes for public: site-local addresses, and those for documentation.
+_NOT_PUBLIC = (IPv6Network("fec0::/10"), IPv6Network("3fff::/20"))
 _OK = 200
 
 
@@ -52,6 +54,8 @@ class Guard:
             ip = _embedded(ip)
         if any(ip.version == net.version and ip in net for net in self._allow):
             return True
+        if any(ip.version == net.version and ip in net for net in _NOT_PUBLIC):
+            return False
         return ip.is_global and not ip.is_multicast and not ip.is_reserved
 
 
@@ -154,10 +158,20 @@ class Fetcher:
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
             connector = aiohttp.TCPConnector(
-                resolver=_GuardedResolver(self._guard), use_dns_cache=False, limit=100
+                resolver=_GuardedResolver(self._guard),
+                socket_factory=self._socket,
+                use_dns_cache=False,
+                limit=100,
             )
             self._session = aiohttp.ClientSession(connector=connector, trust_env=False)
         return self._session
+
+    def _socket(self, address: Any) -> socket.socket:  # noqa: ANN401 - aiohttp's AddrInfoType
+        """The last look: whatever spelling the URL had, this is where the connection goes."""
+        family, kind, protocol, _, where = address
+        if not self._guard.permits(where[0]):
+            raise Refused(f"The address '{where[0]}' is not public.")
+        return socket.socket(family, kind, protocol)
 
     def _check(self, url: str) -> None:
         """Names are checked by the resolver; a literal address never reaches it."""

@@ -39,7 +39,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "bad enum": ({"extra_body": {"service_tier": "gold"}}, "service_tier"),
     "bad range": ({"extra_body": {"generation_config": {"temperature": 9}}}, "temperature"),
     "no input": ({"extra_body": {"input": None}}, "input"),
-    "background": ({"background": True}, "background"),
+    "unstored background": ({"background": True, "store": False}, "background"),
     "agent": ({"model": None, "agent": "deep-research-preview-04-2026"}, "agent"),
     "model and agent": ({"extra_body": {"agent": "x"}}, "agent"),
     "environment": ({"environment": "remote"}, "environment"),

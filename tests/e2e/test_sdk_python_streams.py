@@ -260,11 +260,6 @@ def test_broken_answer_is_closed_and_starts_anew(
     assert "Half" not in sent
 
 
-@pytest.mark.xfail(
-    reason="the SDKs skip `thought` steps when they gather output_text, so the note must be "
-    "a step of another type",
-    strict=True,
-)
 def test_output_text_after_a_break_is_the_new_answer_alone(client: Client, fakes: Fakes) -> None:
     fakes.acme.replies += [answer("Half ", "an ", "answer", cut_after=3), answer("Whole")]
     events = streamed(client)

@@ -236,11 +236,6 @@ def test_invalid_json_is_asked_for_again(client: Client, fakes: Fakes, stream: b
     assert [one["role"] for one in told] == ["user", "assistant", "user"]
 
 
-@pytest.mark.xfail(
-    reason="the SDKs skip `thought` steps when they gather output_text, so the note must be "
-    "a step of another type",
-    strict=True,
-)
 def test_output_text_after_a_repair_is_the_good_answer_alone(client: Client, fakes: Fakes) -> None:
     fakes.acme.replies += [answer('{"name": "Ada"}'), answer('{"name": "Ada", "age": 36}')]
     made = client.interactions.create(model=FAST, input="Who?", response_format=FORMAT)

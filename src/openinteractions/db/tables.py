@@ -100,6 +100,8 @@ interactions = Table(
     Column("depth", Integer, nullable=False),
     Column("previous_id", Uuid),
     Column("parent_run_id", Uuid),
+    # The process (workers.id) that took the create.
+    Column("created_by", BigInteger),
     Column("status", Text, nullable=False),
     Column("model", Text),
     Column("agent", Text),

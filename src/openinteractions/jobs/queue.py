@@ -6,6 +6,7 @@ job's *epoch*, and every write of a run names the epoch it was claimed under: wh
 dead and wakes up again writes nothing.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -81,7 +82,8 @@ _BEAT = "update workers set seen = now() where id = $1 returning id"
 _OWNED = "select id, epoch, cancel_requested from jobs where worker_id = $1 and state = 1"
 
 # An attempt is charged to the suspects of a dead worker, if it had any, not to their neighbours. A
-# foreground run whose process died has lost its caller's answer: a retry of the request may join.
+# foreground run whose process died has lost its caller's answer, as may have every create that the
+# process took just before: a retry of the request may join.
 _GIVE_BACK = """
 , back as (
   update jobs j
@@ -96,11 +98,17 @@ _GIVE_BACK = """
 ), lost as (
   insert into lost_responses (project_id, request_hash, interaction_id)
   select i.project_id, i.request_hash, i.id
-    from interactions i join back using (id)
-   where not i.background and i.request_hash is not null
+    from interactions i
+   where i.request_hash is not null
+     and ((not i.background and i.id in (select id from back))
+          or (i.created_by in (select id from dead)
+              -- Ids are ordered by time: the creates of the last minute.
+              and i.id > (lpad(to_hex((extract(epoch from now() - interval '60 s') * 1000)::bigint),
+                               12, '0') || repeat('0', 20))::uuid))
   on conflict do nothing
+  returning 1
 )
-select count(*) from back
+select (select count(*) from back), (select count(*) from lost)
 """
 
 _SWEEP = f"""
@@ -222,8 +230,9 @@ async def bury(database: Database, *, host: str, is_alive: Callable[[int], bool]
 
 async def _give_back(database: Database, statement: str, argument: object) -> int:
     async with database.hot() as connection:
-        back: int = await connection.fetchval(statement, argument)
-        if back:
+        row = await connection.fetchrow(statement, argument)
+        back: int = row[0]
+        if back or row[1]:
             await connection.execute(
                 "select pg_notify($1, ''), pg_notify($2, '')", WAKE_CHANNEL, LOST_CHANNEL
             )
@@ -246,11 +255,12 @@ async def claim(
     Two processes that ask at once get different ones.
     """
     async with database.hot() as connection:
-        try:
-            rows = await _claim(connection, worker_id, kinds, limit, share)
-        except asyncpg.UniqueViolationError:
+        rows: list[Any] = []
+        for size in dict.fromkeys((limit, 1)):
             # Another worker started the same key in this instant: it costs that job, not the rest.
-            rows = await _claim(connection, worker_id, kinds, 1, share) if limit > 1 else []
+            with contextlib.suppress(asyncpg.UniqueViolationError):
+                rows = await _claim(connection, worker_id, kinds, size, share)
+                break
     return [
         Job(row[0], row[1], row[2], orjson.loads(row[3]), row[4], row[5], row[6], row[7])
         for row in rows

@@ -8,6 +8,7 @@ runs (its insert's answer was lost), is handed back, so that nothing stays witho
 import asyncio
 import os
 import socket
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -154,10 +155,19 @@ class Member:
             await asyncio.wait(late, timeout=_STOP_GRACE_S)
 
     async def _beat_for_ever(self) -> None:
+        dead_after_s = self._timing.dead_after.total_seconds()
+        steady_since = last = time.monotonic()
         while True:
             await asyncio.sleep(self._timing.heartbeat.total_seconds())
             try:
                 await self._beat()
+                now = time.monotonic()
+                if now - last > dead_after_s / 2:
+                    steady_since = now
+                last = now
+                # Who could not reach the database for long does not judge who else could (R7).
+                if now - steady_since < dead_after_s:
+                    continue
                 swept = await queue.sweep(self._database, self._timing.dead_after)
                 metrics.jobs_swept.inc(swept)
             except LOST as error:
@@ -187,7 +197,10 @@ class Member:
             return
         _log.warning("job.unowned", job_id=job_id.hex)
         job = Job(job_id, job_id, "", {}, epoch, 0, 0, cancel_requested=False)
-        await queue.hand_back(self._database, job)
+        # The attempt counts: what always crashes here must end some time (ruling R6).
+        await queue.retry(
+            self._database, job, error="it ended without an outcome", delay=timedelta(0)
+        )
 
     async def _listen_for_cancels(self) -> None:
         def received(payload: str) -> None:

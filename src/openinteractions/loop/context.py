@@ -52,6 +52,20 @@ def resumption_note(*, kind: str, text: str, discards: int) -> Json:
     }
 
 
+def cut_mark() -> Json:
+    """The block that ends the text of a broken turn.
+
+    SDKs gather `output_text` backwards over thoughts, up to a block that is no text. Without one at
+    the end of what was broken off, they would glue it to the answer that follows.
+    """
+    note = b"The answer above was broken off. It starts again below."
+    return {
+        "type": "document",
+        "mime_type": "text/plain",
+        "data": base64.b64encode(note).decode(),
+    }
+
+
 def visible(steps: Sequence[Json]) -> list[Json]:
     """The steps without broken turns and the notes about them."""
     dropped: set[int] = set()

@@ -101,7 +101,7 @@ class Run:
         """Close the turn that was under way; what it has shown stays, marked as broken."""
         turn, self._turn = self._turn, None
         if turn is not None:
-            self._keep(turn.break_off(code, message))
+            self._keep(turn.break_off(code, message, starts_anew=False))
 
     # ---- asking
 
@@ -236,13 +236,14 @@ class Run:
         if not turn.has_shown:
             return
         message = error.message if error is not None else "The model refused to go on."
-        steps = turn.break_off(RPC_UNAVAILABLE, message)
-        note = resumption_note(
-            kind="resumed",
-            text="The answer was interrupted; it starts again below.",
-            discards=len(steps),
+        turn.break_off(RPC_UNAVAILABLE, message, starts_anew=True)
+        await self._start_anew(
+            turn, "resumed", "The answer was interrupted; it starts again below."
         )
-        turn.add_whole(note)
+
+    async def _start_anew(self, turn: Turn, kind: str, text: str) -> None:
+        """Put the note after a broken turn, and make both durable before the model is asked."""
+        turn.add_whole(resumption_note(kind=kind, text=text, discards=len(turn.steps)))
         await self._commit(turn.steps)
 
     # ---- judging
@@ -254,20 +255,20 @@ class Run:
         if turn.calls:
             return await self._judge_calls(turn)
         if finished.reason == "max_tokens":
-            self._keep(turn.steps)
+            self._keep(turn.close())
             if self._clamped:
                 message = "The answer reached the room that the run's limits left."
                 raise Failed("budget_exceeded", "budget_exceeded", message)
             return Outcome("incomplete")
         if finished.reason == "content_filter":
-            self._keep(turn.steps)
+            self._keep(turn.close())
             status = "incomplete" if turn.steps else "failed"
             message = finished.message or "The model's vendor filtered the content."
             raise Failed(status, "content_filter", message)
         schema = self.spec.json_schema
         problem = text_mismatch(turn.text(), schema) if schema is not None else None
         if problem is None:
-            self._keep(turn.steps)
+            self._keep(turn.close())
             return Outcome("completed")
         return await self._repair_answer(turn, problem)
 
@@ -281,7 +282,7 @@ class Run:
             (c for c in turn.calls if c.malformed is not None or c.name not in functions), None
         )
         if hopeless is not None:
-            self._keep(turn.steps)
+            self._keep(turn.close())
             what = "a function that does not exist"
             if hopeless.malformed is not None:
                 what = "arguments that are not a JSON object"
@@ -299,7 +300,7 @@ class Run:
     def _ask_for_better_calls(self, turn: Turn, problems: Sequence[str | None]) -> None:
         """Tell the model what is wrong with its calls. No reader has seen them."""
         self.state.repairs += 1
-        self._keep(turn.steps)
+        self._keep(turn.close())
         calls = turn.call_steps()
         self._feedback += calls
         for call, problem in zip(calls, problems, strict=True):
@@ -318,35 +319,32 @@ class Run:
 
     async def _repair_answer(self, turn: Turn, problem: str) -> None:
         if self.state.repairs >= _MAX_REPAIRS:
-            self._keep(turn.steps)
+            self._keep(turn.close())
             message = f"The answer does not obey response_format: {problem}"
             raise Failed("failed", "schema_mismatch", message)
         self.state.repairs += 1
-        for step in turn.steps:
-            if step["type"] == "model_output":
-                step["error"] = {"code": _RPC_INVALID, "message": problem}
-        count = len(turn.steps)
-        turn.add_whole(
-            resumption_note(
-                kind="repair",
-                text="The answer did not obey its schema; it is asked for again.",
-                discards=count,
-            )
-        )
-        await self._commit(turn.steps)
+        turn.break_off(_RPC_INVALID, problem, starts_anew=True)
+        text = "The answer did not obey its schema; it is asked for again."
+        await self._start_anew(turn, "repair", text)
 
     def _repair(self) -> list[Json]:
         """What the model is told after an answer that broke its schema."""
-        if not self.generated:
+        end = len(self.generated) - 1
+        # A repair that broke off is still one: back over what its own note discards.
+        while end >= 0 and (self.generated[end].get(NOTE) or {}).get("kind") == "resumed":
+            end -= 1 + self.generated[end][NOTE]["discards"]
+        note: Json = (self.generated[end].get(NOTE) or {}) if end >= 0 else {}
+        if note.get("kind") != "repair":
             return []
-        note = self.generated[-1].get(NOTE)
-        if not isinstance(note, dict) or note.get("kind") != "repair":  # pyright: ignore[reportUnknownMemberType]
-            return []
-        bad = [s for s in self.generated[:-1] if s["type"] == "model_output" and s.get("error")]
+        broken = self.generated[end - note["discards"] : end]
+        bad = [step for step in broken if step["type"] == "model_output"]
+        said = [block for step in bad for block in step["content"] if block["type"] == "text"]
         problem = bad[-1]["error"]["message"]
-        answer = {key: value for key, value in bad[-1].items() if key != "error"}
         ask = f"That answer does not obey the schema: {problem}. Answer again with only the JSON."
-        return [answer, {"type": "user_input", "content": [{"type": "text", "text": ask}]}]
+        return [
+            {"type": "model_output", "content": said},
+            {"type": "user_input", "content": [{"type": "text", "text": ask}]},
+        ]
 
     # ---- keeping
 

@@ -92,6 +92,8 @@ def mismatch(value: Any, schema: Json) -> str | None:  # noqa: ANN401 - any JSON
         error = _first(validator.iter_errors(value))
     except Unresolvable as problem:
         return f"the schema refers to something it does not define ({problem})"[:_MESSAGE_CHARS]
+    except RecursionError:
+        return "the schema, or the value, goes deeper than can be followed"
     if error is None:
         return None
     where = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in error.absolute_path)

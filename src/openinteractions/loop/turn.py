@@ -12,7 +12,7 @@ import orjson
 
 from openinteractions import ids
 from openinteractions.events.types import STOP, Event, Position
-from openinteractions.loop.context import seal_signature
+from openinteractions.loop.context import cut_mark, seal_signature
 from openinteractions.models.port import (
     Annotations,
     Finished,
@@ -83,7 +83,6 @@ class Turn:
                 self._close()
                 self.add_whole(self._sealed(step))
             case Finished():
-                self._close()
                 self.finished = event
 
     def add_whole(self, step: Json) -> None:
@@ -112,30 +111,51 @@ class Turn:
         return self._call_steps
 
     def reveal_calls(self) -> None:
-        """Add the held-back calls to the steps."""
+        """Close what is open and add the held-back calls to the steps."""
+        self._close()
         for step in self.call_steps():
             self.add_whole(step)
 
-    def break_off(self, code: int, message: str) -> list[Json]:
-        """Close what is open as broken and return every step that was begun.
-
-        Calls that were held back are dropped: no reader has seen them.
-        """
-        self.calls.clear()
-        if self._open is not None and self._open["type"] == "model_output":
-            self._open["error"] = {"code": code, "message": message}
+    def close(self) -> list[Json]:
+        """Close what is open; every step of the turn. Until then the turn can be broken off."""
         self._close()
         return self.steps
 
+    def break_off(self, code: int, message: str, *, starts_anew: bool) -> list[Json]:
+        """Close the turn as broken and return every step that was begun.
+
+        Calls that were held back are dropped: no reader has seen them.
+
+        Args:
+            code: An RPC status code, for `model_output.error`.
+            message: Why.
+            starts_anew: An answer follows, which must not be read as the rest of this one.
+        """
+        self.calls.clear()
+        is_open = self._open is not None and self._open["type"] == "model_output"
+        if is_open and starts_anew:
+            self._close_block()
+            self._add_media(cut_mark())
+        self._close()
+        answers = [step for step in self.steps if step["type"] == "model_output"]
+        for step in answers:
+            step["error"] = {"code": code, "message": message}
+        if answers and starts_anew and not is_open:
+            self.add_whole({**answers[-1], "content": [cut_mark()]})
+        return self.steps
+
     def text(self) -> str:
-        """All text of the turn's answer, across its steps."""
-        return "".join(
+        """All text of the turn's answer, across its steps, the open one included."""
+        steps = self.steps if self._open is None else [*self.steps, self._open]
+        closed = "".join(
             block["text"]
-            for step in self.steps
+            for step in steps
             if step["type"] == "model_output"
             for block in step["content"]
             if block["type"] == "text"
         )
+        is_answer = self._open is not None and self._open["type"] == "model_output"
+        return closed + "".join(self._text) if is_answer else closed
 
     # ---- growing the open step
 

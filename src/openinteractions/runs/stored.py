@@ -11,9 +11,9 @@ from openinteractions import clock, ids, metrics, tracing
 from openinteractions.db.engine import LOST
 from openinteractions.errors import EngineError, Invalid, LeaseLost
 from openinteractions.events.log import Stream
-from openinteractions.events.types import ENDED, Event
+from openinteractions.events.types import ENDED, Event, Position
 from openinteractions.jobs import queue
-from openinteractions.loop.context import resumption_note
+from openinteractions.loop.context import cut_mark, resumption_note
 from openinteractions.loop.run import Outcome, Run
 from openinteractions.loop.spec import RunSpec, RunState
 from openinteractions.loop.turn import RPC_UNAVAILABLE, fold, whole_step_events
@@ -25,7 +25,14 @@ from openinteractions.runs.house import House
 from openinteractions.runs.journal import DatabaseJournal
 from openinteractions.runs.purse import DayPurse
 from openinteractions.runs.store import Ending, Line, Spend
-from openinteractions.wire.events import completed, encode, error, status_update, step_stop
+from openinteractions.wire.events import (
+    completed,
+    encode,
+    error,
+    status_update,
+    step_delta,
+    step_stop,
+)
 from openinteractions.wire.usage import EMPTY_USAGE
 
 _log = structlog.get_logger(__name__)
@@ -157,23 +164,32 @@ async def _close_broken(stored: StoredRun, journal: DatabaseJournal) -> None:
     if not shown:
         return
     goes_on = not (stored.is_cancelled or stored.is_hopeless)
-    steps: list[Json] = []
-    for step, is_finished in shown:
-        index = len(stored.generated) + len(steps)
-        if not is_finished:
-            if step["type"] == "model_output":
-                message = "The worker that ran this was lost."
-                step["error"] = {"code": RPC_UNAVAILABLE, "message": message}
-            journal.end_events([Event.stop(index, encode(step_stop(index)))])
-        steps.append(step)
+    fault = {"code": RPC_UNAVAILABLE, "message": "The worker that ran this was lost."}
+    steps = [step for step, _ in shown]
+    answers = [step for step in steps if step["type"] == "model_output"]
+    for step in answers:
+        step["error"] = fault
+    first = len(stored.generated)
+    last, is_finished = shown[-1]
+    if not is_finished:
+        index = first + len(steps) - 1
+        if goes_on and last["type"] == "model_output":
+            last["content"] = [*last.get("content", ()), cut_mark()]
+            position = Position(index, stored.shown[-1].position.offset + 1)
+            delta = encode(step_delta(index, cut_mark()))
+            journal.end_events([Event("d", position, delta)])
+        journal.end_events([Event.stop(index, encode(step_stop(index)))])
     if goes_on:
+        if answers and (is_finished or last["type"] != "model_output"):
+            steps.append({"type": "model_output", "content": [cut_mark()], "error": fault})
+            journal.end_events(whole_step_events(first + len(steps) - 1, steps[-1]))
         note = resumption_note(
             kind="resumed",
             text="The answer was interrupted; it starts again below.",
             discards=len(steps),
         )
-        journal.end_events(whole_step_events(len(stored.generated) + len(steps), note))
         steps.append(note)
+        journal.end_events(whole_step_events(first + len(steps) - 1, note))
     await journal.record(steps, stored.state)
     stored.generated += steps
 

@@ -140,7 +140,7 @@ test("errors", async () => {
   await rejects(interactions.create({ model, input: "" }, once), 400, /input/i);
   await rejects(interactions.create({ model, input: "x", flavour: 1 }, once), 400, /flavour/);
   await rejects(interactions.create({ model: "no/such", input: "x" }, once), 404, /no\/such/);
-  await rejects(interactions.create({ model, input: "x", background: true }, once), 400, /background/);
+  await rejects(interactions.create({ model, input: "x", background: true, store: false }, once), 400, /background/);
   const stranger = new GoogleGenAI({ apiKey: "oi_wrong", httpOptions: { baseUrl } });
   await rejects(stranger.interactions.create({ model, input: "x" }, once), 401, /key/i);
   const failed = await interactions.create({ model: "acme/fails", input: "x" });

@@ -79,7 +79,9 @@ async def create_interaction(request: Request) -> Response:
         earlier = await service.find_earlier(here, caller, asked)
         if earlier is None:
             raise
-    return await _join(here, caller, parsed, earlier)
+    structlog.contextvars.bind_contextvars(interaction_id=earlier.id.hex, joined=True)
+    async with presence.noticing(request, lambda: service.lost(here, earlier, asked)):
+        return await _join(here, caller, parsed, earlier)
 
 
 async def _create_stored(request: Request, here: Service, caller: Caller, asked: Asked) -> Response:
@@ -97,7 +99,6 @@ async def _join(
     here: Service, caller: Caller, parsed: CreateInteraction, row: StoredInteraction
 ) -> Response:
     """Answer a repeated create with the interaction that it made the first time."""
-    structlog.contextvars.bind_contextvars(interaction_id=row.id.hex, joined=True)
     if parsed.stream:
         return _events(stream.resumed(here, row, None))
     if parsed.background:

@@ -203,7 +203,9 @@ async def _wait_for_end(service: Service, caller: Caller, row: Interaction) -> I
     with service.hub.subscribe(row.id) as subscription:
         while row.is_running:
             subscription.wake.clear()
-            row = await get(service, caller, ids.interaction_id(row.id))
+            # A 503 would make the SDK repeat the create while its run is alive.
+            with contextlib.suppress(*LOST):
+                row = await get(service, caller, ids.interaction_id(row.id))
             if row.is_running:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_POLL_S):
@@ -373,6 +375,7 @@ async def _try_create(
         warnings=orjson.dumps(prepared.warnings) if prepared.warnings else None,
         retention=service.retention,
         provider=prepared.provider,
+        created_by=service.runner.worker_id,
         worker_id=None if request.background else service.runner.worker_id,
         first_seq=start,
         first_events=join(first_events),

@@ -26,9 +26,10 @@ with parent as (
   insert into interactions
     (id, project_id, key_id, segment_id, depth, previous_id, status, model, agent, background,
      logged, input_form, input_count, labels, echo, spec, warnings, expires_at, webhook,
-     idempotency_key, request_hash)
+     idempotency_key, request_hash, created_by)
   select $1, $2, $3, $4, $5, $6::uuid, 'in_progress', $7, $8, $9, $10::boolean, $11, $12,
-         $13::jsonb, $14, $15, $16, now() + $17::interval, $30::bytea, $31, $32::bytea
+         $13::jsonb, $14, $15, $16, now() + $17::interval, $30::bytea, $31, $32::bytea,
+         $35::bigint
    where $6 is null or exists (select from parent)
   on conflict (segment_id, depth) do nothing
   returning id, created_at
@@ -136,6 +137,8 @@ class NewInteraction:
     warnings: bytes | None
     retention: timedelta
     provider: str
+    created_by: int
+    """The process that takes the create, among the workers."""
     worker_id: int | None
     """Who runs it from the start; None leaves it to the queue."""
     first_seq: int
@@ -207,6 +210,7 @@ def _values(new: NewInteraction) -> tuple[object, ...]:
         new.request_hash,
         new.max_attempts,
         new.trace,
+        new.created_by,
     )
 
 
@@ -262,7 +266,8 @@ async def take_lost(
                      order by at desc limit 1 for update skip locked)
                   returning interaction_id)
                 select {_COLUMNS} from interactions
-                 where id in (select interaction_id from taken) and deleted_at is null""",  # noqa: S608
+                 where id = (select interaction_id from taken) and deleted_at is null
+                   and status <> 'cancelled'""",  # noqa: S608
             project_id,
             request_hash,
             within,

@@ -142,11 +142,16 @@ async def _from_steps(service_: Service, row: Interaction, after: Cursor) -> Asy
     with service_.hub.subscribe(row.id) as subscription:
         while True:
             subscription.wake.clear()
-            shown = await store.get(service_.database, row.project_id, row.id)
-            if shown is None:
-                break
-            index = min(shown.input_count + max(position.index, 0), _MAX_INDEX)
-            stored = await service.steps_of(service_, shown, start=index)
+            try:
+                shown = await store.get(service_.database, row.project_id, row.id)
+                if shown is None:
+                    break
+                index = min(shown.input_count + max(position.index, 0), _MAX_INDEX)
+                stored = await service.steps_of(service_, shown, start=index)
+            except LOST:
+                # As with the log: a database that went away comes back, and the stream goes on.
+                await asyncio.sleep(_POLL_S)
+                continue
             events = list(_after(_events(shown, stored), position))
             if events:
                 position = events[-1].position

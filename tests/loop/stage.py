@@ -1,0 +1,195 @@
+"""A run on a scripted model: real loop, ports that keep what they are given."""
+
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import orjson
+
+from openinteractions.errors import ModelUnavailable, NotFound
+from openinteractions.events.types import Event
+from openinteractions.loop.limits import BudgetSpent
+from openinteractions.loop.ports import Patience, Ports
+from openinteractions.loop.run import Outcome, Run
+from openinteractions.loop.spec import RunSpec, RunState
+from openinteractions.models.catalog import Price, Target
+from openinteractions.models.port import Finished, Json, ModelCall, ModelEvent, TextDelta, Warning
+
+USAGE = {"total_input_tokens": 100, "total_output_tokens": 20, "total_tokens": 120}
+
+
+@dataclass(frozen=True, slots=True)
+class Break:
+    """In a script: the upstream fails here."""
+
+    error: Exception
+
+
+class ScriptedModel:
+    """Obeys the model port; plays one script for each call."""
+
+    def __init__(self, *scripts: Sequence[ModelEvent | Break]) -> None:
+        self.scripts = list(scripts)
+        self.calls: list[ModelCall] = []
+
+    def compile(self, steps: Sequence[Json], model: str) -> list[bytes]:
+        return [orjson.dumps(step) for step in steps]
+
+    def takes_uri(self, content_type: str, uri: str) -> bool:
+        return False
+
+    def check(self, call: ModelCall) -> list[Warning]:
+        return []
+
+    @asynccontextmanager
+    async def stream(self, call: ModelCall) -> AsyncGenerator[AsyncIterator[ModelEvent]]:
+        self.calls.append(call)
+        script = self.scripts.pop(0)
+        if script and isinstance(script[0], Break):
+            raise script[0].error
+        yield self._play(script)
+
+    async def _play(self, script: Sequence[ModelEvent | Break]) -> AsyncIterator[ModelEvent]:
+        for event in script:
+            if isinstance(event, Break):
+                raise event.error
+            yield event
+
+    def shown(self, call: int = -1) -> list[Json]:
+        """The steps that a call was given."""
+        return [orjson.loads(message) for message in self.calls[call].messages]
+
+
+@dataclass
+class Models:
+    """The models by their names."""
+
+    known: dict[str, ScriptedModel]
+    price: Price | None = None
+
+    def open(self, target: str) -> Target:
+        if target not in self.known:
+            raise NotFound(f"The provider of '{target}' is not configured.")
+        provider, _, model = target.partition("/")
+        return Target(target, provider, model, self.known[target], self.price)
+
+
+@dataclass
+class Past:
+    """History: earlier messages, and a run's own steps as the scripted model wants them."""
+
+    earlier: list[bytes] = field(default_factory=list)
+
+    async def messages(self, target: Target) -> Sequence[bytes]:
+        return self.earlier
+
+    async def own(self, steps: Sequence[Json], target: Target) -> list[bytes]:
+        from openinteractions.loop.context import for_model  # noqa: PLC0415 - only here
+
+        shown = for_model(steps, provider=target.provider, model=target.model)
+        return target.adapter.compile(shown, target.model)
+
+
+@dataclass
+class Notebook:
+    """A journal that keeps events and commits in the order in which they came."""
+
+    watched: bool = True
+    events: list[Event] = field(default_factory=list)
+    commits: list[tuple[list[Json], bytes]] = field(default_factory=list)
+
+    @property
+    def show(self):
+        return self._take if self.watched else None
+
+    def _take(self, *events: Event) -> None:
+        self.events += events
+
+    async def commit(self, steps: Sequence[Json], state: RunState) -> None:
+        self.commits.append((list(steps), state.dump()))
+
+
+@dataclass
+class Coins:
+    """A purse with so many tokens; keeps what was asked of it."""
+
+    tokens: int
+    held: int = 0
+    log: list[tuple[str, int, int]] = field(default_factory=list)
+
+    async def reserve(self, *, tokens: int, nanousd: int) -> None:
+        self.log.append(("reserve", tokens, nanousd))
+        if tokens > self.tokens:
+            raise BudgetSpent("The purse is empty.")
+        self.held = tokens
+        self.tokens -= tokens
+
+    async def settle(self, *, tokens: int, nanousd: int) -> None:
+        self.log.append(("settle", tokens, nanousd))
+        self.tokens += self.held - tokens
+        self.held = 0
+
+
+@dataclass
+class Scene:
+    """A run, what it was given, and what came of it."""
+
+    run: Run
+    outcome: Outcome
+    journal: Notebook
+
+    @property
+    def steps(self) -> list[Json]:
+        return self.run.generated
+
+    def texts(self) -> list[str]:
+        return [
+            "".join(b.get("text", "") for b in step.get("content", step.get("summary", [])))
+            for step in self.steps
+        ]
+
+
+async def play(
+    *models: ScriptedModel,
+    state: RunState | None = None,
+    price: Price | None = None,
+    purse: Coins | None = None,
+    watched: bool = True,
+    generated: Sequence[Json] = (),
+    earlier: Sequence[bytes] = (),
+    attempts: int = 3,
+    **spec: Any,
+) -> Scene:
+    """Drive a run over these models, each the fallback of the one before."""
+    names = [f"p{number}/m" for number in range(len(models))]
+    journal = Notebook(watched)
+    run = Run(
+        RunSpec(chain=spec.pop("chain", names), **spec),
+        state or RunState(),
+        inputs=[said("hi", kind="user_input")],
+        generated=generated,
+        ports=Ports(
+            models=Models(dict(zip(names, models, strict=True)), price),
+            history=Past(list(earlier)),
+            journal=journal,
+            purse=purse,
+            patience=Patience(attempts, timedelta(milliseconds=20)),
+        ),
+    )
+    return Scene(run, await run.drive(), journal)
+
+
+def said(text: str, *, kind: str = "model_output", **more: object) -> Json:
+    return {"type": kind, "content": [{"type": "text", "text": text}], **more}
+
+
+def answer(*texts: str, reason: str = "stop", **usage: int) -> list[ModelEvent | Break]:
+    return [*map(TextDelta, texts), Finished(reason, {**USAGE, **usage})]  # pyright: ignore[reportArgumentType]
+
+
+def down(retry_after_s: float | None = None, status: int | None = 503) -> Break:
+    return Break(
+        ModelUnavailable("It is down.", upstream_status=status, retry_after_s=retry_after_s)
+    )

@@ -1,0 +1,182 @@
+"""No spelling of a private address gets through, at the first try or behind a redirect."""
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from ipaddress import ip_network
+
+import pytest
+from aiohttp import web
+from hypothesis import given
+from hypothesis import strategies as st
+
+from openinteractions.errors import Invalid
+from openinteractions.netguard import Fetcher, Guard, Refused
+
+PRIVATE = [
+    "0.0.0.0", "10.0.0.1", "100.64.0.1", "127.0.0.1", "127.255.255.254", "169.254.169.254",
+    "172.16.0.1", "172.31.255.255", "192.0.2.1", "192.168.0.1", "198.18.0.1", "198.51.100.1",
+    "203.0.113.1", "224.0.0.1", "239.255.255.255", "240.0.0.1", "255.255.255.255",
+    "::", "::1", "::127.0.0.1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "::ffff:169.254.169.254",
+    "64:ff9b::127.0.0.1", "64:ff9b::a00:1", "64:ff9b:1::1", "100::1", "2001:db8::1", "2001::1",
+    "2002:7f00:1::", "2002:a00:1::1", "2002:a9fe:a9fe::", "fc00::1", "fd00:ec2::254",
+    "fe80::1", "fe80::1%eth0", "fec0::1", "ff02::1", "3fff::1",
+]  # fmt: skip
+PUBLIC = [
+    "8.8.8.8", "1.1.1.1", "142.250.0.1", "2606:4700::1111", "64:ff9b::808:808", "2002:808:808::1",
+    "::ffff:8.8.8.8",
+]  # fmt: skip
+# Spellings of loopback that a URL may have; each must be refused, by whichever hand.
+LOOPBACK = [
+    "127.0.0.1", "127.1", "127.0.1", "2130706433", "0x7f000001", "0x7f.0.0.1", "0177.0.0.1",
+    "017700000001", "0", "0.0.0.0", "localhost", "LOCALHOST", "localhost.", "ip6-localhost",
+    "[::1]", "[::]", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "[0:0:0:0:0:0:0:1]",
+    "[64:ff9b::7f00:1]", "[2002:7f00:1::]", "[fe80::1%25lo]", "user:pass@127.0.0.1",
+    "127。0。0。1", "127．0．0．1", "１２７.0.0.1", "①②⑦.0.0.1", "ⓛⓞⓒⓐⓛⓗⓞⓢⓣ", "127.0.0.1.",
+    "%31%32%37.0.0.1", "example.com@127.0.0.1", "127.0.0.1%2f@127.0.0.1",
+]  # fmt: skip
+
+
+@dataclass
+class Site:
+    """A server on loopback that keeps what came."""
+
+    port: int
+    hits: list[str]
+
+
+@pytest.fixture
+async def site() -> AsyncGenerator[Site]:
+    hits: list[str] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        hits.append(request.path_qs)
+        if request.path == "/to":
+            return web.Response(status=302, headers={"Location": request.query["u"]})
+        if request.path == "/loop":
+            return web.Response(status=307, headers={"Location": "/loop"})
+        if request.path == "/big":
+            return web.Response(body=b"x" * 5000)
+        if request.path == "/no":
+            return web.Response(status=404)
+        return web.Response(body=b"secret", content_type="image/png")
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", answer)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    listening = web.TCPSite(runner, "127.0.0.1", 0)
+    await listening.start()
+    yield Site(listening._server.sockets[0].getsockname()[1], hits)
+    await runner.cleanup()
+
+
+@pytest.fixture
+async def guarded() -> AsyncGenerator[Fetcher]:
+    fetcher = Fetcher(Guard(), max_bytes=4000)
+    yield fetcher
+    await fetcher.close()
+
+
+@pytest.fixture
+async def allowed() -> AsyncGenerator[Fetcher]:
+    """An operator lets users reach loopback over IPv4."""
+    fetcher = Fetcher(Guard([ip_network("127.0.0.0/8")]), max_bytes=4000)
+    yield fetcher
+    await fetcher.close()
+
+
+@pytest.mark.parametrize("address", PRIVATE)
+def test_private_addresses_are_not_permitted(address: str):
+    assert not Guard().permits(address)
+
+
+@pytest.mark.parametrize("address", PUBLIC)
+def test_public_addresses_are_permitted(address: str):
+    assert Guard().permits(address)
+
+
+@given(st.ip_addresses(v=4))
+def test_an_ipv4_address_is_judged_alike_in_every_disguise(address):
+    number = int(address)
+    plain = Guard().permits(str(address))
+    assert Guard().permits(f"::ffff:{address}") == plain
+    assert Guard().permits(f"64:ff9b::{address}") == plain
+    assert Guard().permits(f"2002:{number >> 16:x}:{number & 0xFFFF:x}::") == plain
+
+
+def test_allowed_ranges_are_exact():
+    guard = Guard([ip_network("10.1.0.0/16"), ip_network("fd00::/8")])
+    assert guard.permits("10.1.2.3")
+    assert guard.permits("::ffff:10.1.2.3")
+    assert guard.permits("fd12::1")
+    assert not guard.permits("10.2.0.1")
+    assert not guard.permits("fc00::1")
+    assert not guard.permits("127.0.0.1")
+
+
+@pytest.mark.parametrize("host", LOOPBACK)
+async def test_loopback_is_refused_however_it_is_spelled(site: Site, guarded: Fetcher, host: str):
+    with pytest.raises(Invalid):
+        await guarded.fetch(f"http://{host}:{site.port}/x")
+    assert site.hits == []
+
+
+@pytest.mark.parametrize("host", LOOPBACK)
+async def test_a_post_is_guarded_the_same(site: Site, guarded: Fetcher, host: str):
+    with pytest.raises(Invalid):
+        await guarded.post(f"http://{host}:{site.port}/x", b"{}", {})
+    assert site.hits == []
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "file:///etc/passwd", "ftp://8.8.8.8/x", "gopher://8.8.8.8", "//8.8.8.8/x", "x", "", "http://",
+        "http:///x", "http://[::1", "data:text/plain,x", "http://8.8.8.8:99999/", "http://a b/",
+        "http://\x00/", "http://" + "a" * 70_000,
+    ],
+)  # fmt: skip
+async def test_other_schemes_and_nonsense_are_refused(guarded: Fetcher, url: str):
+    with pytest.raises(Invalid):
+        await guarded.fetch(url)
+
+
+@pytest.mark.parametrize(
+    "target", ["http://localhost:{port}/x", "http://[::1]:{port}/x", "http://10.0.0.1/x",
+               "http://169.254.169.254/latest", "//[::ffff:10.0.0.1]/x", "file:///etc/passwd"],
+)  # fmt: skip
+async def test_a_redirect_to_a_private_place_is_refused(site: Site, allowed: Fetcher, target: str):
+    """The first hop is allowed; the next is judged on its own."""
+    elsewhere = target.format(port=site.port).replace("localhost", "0.0.0.0")
+    with pytest.raises(Invalid):
+        await allowed.fetch(f"http://127.0.0.1:{site.port}/to?u={elsewhere}")
+    assert len(site.hits) == 1
+
+
+async def test_allowed_places_can_be_fetched_through_redirects(site: Site, allowed: Fetcher):
+    got = await allowed.fetch(f"http://127.0.0.1:{site.port}/to?u=/picture")
+    assert (got.mime_type, got.data) == ("image/png", b"secret")
+    assert got.url.endswith("/picture")
+    assert got.base64() == "c2VjcmV0"
+
+
+@pytest.mark.parametrize(("path", "why"), [
+    ("/big", "larger than 4000"), ("/no", "answered 404"), ("/loop", "too many redirects"),
+])  # fmt: skip
+async def test_what_cannot_be_had_is_explained(site: Site, allowed: Fetcher, path: str, why: str):
+    with pytest.raises(Invalid, match=why):
+        await allowed.fetch(f"http://127.0.0.1:{site.port}{path}")
+    assert len(site.hits) <= 6
+
+
+async def test_a_message_shows_no_password_and_no_query(site: Site, allowed: Fetcher):
+    with pytest.raises(Invalid) as caught:
+        await allowed.fetch(f"http://me:hush@127.0.0.1:{site.port}/no?token=hush")
+    assert "hush" not in caught.value.message
+
+
+async def test_a_refusal_says_that_it_is_one(guarded: Fetcher):
+    for host in ("127.0.0.1", "localhost", "[::1]", "127。0。0。1"):
+        with pytest.raises(Refused) as caught:
+            await guarded.fetch(f"http://{host}:9/")
+        assert caught.value.code == "forbidden_address"
