@@ -1,4 +1,5 @@
 """No spelling of a private address gets through, at the first try or behind a redirect."""
+# ruff: noqa: RUF001 - confusable characters are the point
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass

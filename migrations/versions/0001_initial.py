@@ -208,6 +208,7 @@ def upgrade() -> None:
         "projects",
         sa.Column("id", sa.Uuid(), nullable=False),
         sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("retention", sa.Interval(), nullable=True),
         sa.Column(
             "created_at",
             sa.DateTime(timezone=True),

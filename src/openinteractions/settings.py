@@ -19,6 +19,7 @@ from pydantic import (
     ConfigDict,
     Field,
     SecretStr,
+    TypeAdapter,
     ValidationError,
     field_validator,
 )
@@ -42,6 +43,21 @@ def _duration(value: object) -> object:
         re.fullmatch(r"\s*([0-9.]+)\s*(ms|s|m|h|d)?\s*", value) if isinstance(value, str) else None
     )
     return float(match[1]) * _UNITS[match[2] or "s"] if match else value
+
+
+def duration(text: str) -> timedelta:
+    """Read a duration as the settings do.
+
+    Raises:
+        SetupError: It is none, or not positive.
+    """
+    try:
+        value = TypeAdapter(Duration).validate_python(text)
+    except ValidationError:
+        value = timedelta(0)
+    if value <= timedelta(0):
+        raise SetupError(f"{text!r} is no duration: write 90, 12h or 7d")
+    return value
 
 
 Duration = Annotated[timedelta, BeforeValidator(_duration)]

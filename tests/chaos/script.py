@@ -42,7 +42,6 @@ class Upstream(FakeOpenAI):
         self.wrong_histories: list[tuple[str, list[tuple[str, str]]]] = []
         self.tries: Counter[str] = Counter()
         self.failures: Counter[str] = Counter()
-        self.is_kind = False
         self._seed = seed
         self._gap_s = gap_s
         self.default = self._script
@@ -62,7 +61,7 @@ class Upstream(FakeOpenAI):
         gap_s = self._gap_s * rng.uniform(0.5, 1.5)
         chance = rng.random()
         where = rng.randint(0, len(texts) + 2)
-        if self.is_kind or chance > 0.1:
+        if chance > 0.1:
             return reply(*texts, gap_s=gap_s)
         if chance < 0.03:
             status = rng.choice([429, 500])

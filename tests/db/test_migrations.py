@@ -1,4 +1,4 @@
-"""The migrations make what the models say, and can be run by anybody, at any time, back and forth."""
+"""The migrations make what the models say, and can be run at any time, back and forth."""
 
 import asyncio
 from collections.abc import AsyncGenerator

@@ -1,4 +1,5 @@
 """Reading the log: from any cursor, in any process, every event once, in order, to the end."""
+# ruff: noqa: ASYNC110 - a test looks again until it is so
 
 import asyncio
 import itertools
@@ -97,9 +98,7 @@ def whole(count: int, *, after: int = 0) -> list[tuple[int, int]]:
     return [item for item in everything if item[0] > after]
 
 
-async def test_readers_here_and_elsewhere_see_everything_once(
-    here: Reading, database_url: str
-):
+async def test_readers_here_and_elsewhere_see_everything_once(here: Reading, database_url: str):
     staged = await stage.interaction(here.database)
     start = first_seq(1)
     async with elsewhere(database_url) as there, asyncio.timeout(20), asyncio.TaskGroup() as group:

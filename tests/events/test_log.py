@@ -1,4 +1,5 @@
 """Writing the log: in order, coalesced, fenced, and never out of step with the steps."""
+# ruff: noqa: ASYNC110 - a test looks again until it is so
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -173,9 +174,7 @@ async def test_a_zombie_writes_nothing(database: Database, writer: Writer):
         assert await connection.fetchval("select count(*) from steps") == 0
 
 
-async def test_a_zombie_beside_a_living_stream_costs_it_nothing(
-    database: Database, hub: Hub
-):
+async def test_a_zombie_beside_a_living_stream_costs_it_nothing(database: Database, hub: Hub):
     writer = Writer(database, hub, interval=timedelta(milliseconds=30))
     first, second = [await stage.interaction(database) for _ in range(2)]
     zombie = Stream.begin(first.id, 1, first.born)
@@ -236,9 +235,7 @@ async def test_a_takeover_waits_for_a_write_that_is_in_flight(
     transaction = zombie.transaction()
     await transaction.start()
     if write == "flush":
-        await zombie.fetch(
-            _APPEND, [staged.id], [1], [staged.born], [2], [join([stage.delta(0)])]
-        )
+        await zombie.fetch(_APPEND, [staged.id], [1], [staged.born], [2], [join([stage.delta(0)])])
     else:
         await zombie.fetchval(
             runs._COMMIT, *runs._progress_values(progress(stream, 0, 2, [stage.delta(0)])), True

@@ -1,4 +1,5 @@
 """The lease queue: who owns a job, when it is given to somebody else, and who may still write."""
+# ruff: noqa: ASYNC110 - a test looks again until it is so
 
 import asyncio
 from datetime import timedelta
@@ -295,7 +296,9 @@ async def test_an_outage_of_the_sweeper_itself_costs_its_neighbours_nothing(
     (key,) = await add(database)
     neighbour = await register(database)
     (job,) = await claim(database, neighbour)
-    member = Member(database, Timing(timedelta(milliseconds=50), timedelta(seconds=1.2)), role="all")
+    member = Member(
+        database, Timing(timedelta(milliseconds=50), timedelta(seconds=1.2)), role="all"
+    )
     async with member.joined():
         # The network was away for everybody; the member comes back a moment before the neighbour.
         await silence(database, neighbour, for_s=30)

@@ -25,8 +25,7 @@ from openinteractions.db.engine import Database
 from openinteractions.errors import LeaseLost
 from openinteractions.jobs import queue
 from openinteractions.jobs.queue import Job, Share
-from openinteractions.resources.interactions import store as interactions
-from openinteractions.resources.interactions.store import NewInteraction, Place, StoredStep
+from openinteractions.resources.interactions.store import StoredStep
 from openinteractions.runs import store
 from openinteractions.runs.store import Ending, Progress, Spend
 
@@ -50,6 +49,15 @@ KIND = "run"
 STATES = {0: QUEUED, 1: RUNNING, 3: FAILED}
 TABLES = ("jobs", "workers", "interactions", "segments", "steps", "spend", "lost_responses")
 PICK = st.integers(0, 10**6)
+
+_ENQUEUE = """
+with turn as (
+  insert into interactions (id, project_id, segment_id, depth, status, background)
+  values ($1, $2, $1, 0, 'in_progress', true)
+)
+insert into jobs (id, project_id, kind, provider, key, run_at)
+values ($1, $2, $3, $4, $5, now() + $6::interval)
+"""
 
 
 class Stage:
@@ -113,15 +121,10 @@ class QueueMachine(RuleBasedStateMachine):
         self, project: UUID, provider: str, key: str | None, is_due: bool, count: int
     ) -> None:
         for _ in range(count):
-            new = _interaction(project, provider)
-            assert self.stage.run(interactions.create(self.stage.admin, new)) is not None
-            self.stage.sql(
-                "update jobs set key = $2, run_at = now() + $3::interval where id = $1",
-                new.id,
-                key,
-                timedelta(0) if is_due else timedelta(hours=1),
-            )
-            self.model.jobs[new.id] = Expected(new.id, project, provider, key, is_due)
+            job = Expected(ids.uuid7(), project, provider, key, is_due)
+            delay = timedelta(0) if is_due else timedelta(hours=1)
+            self.stage.sql(_ENQUEUE, job.id, project, KIND, provider, key, delay)
+            self.model.jobs[job.id] = job
 
     @precondition(lambda self: any(not job.is_due for job in self.model.jobs.values()))
     @rule()
@@ -428,39 +431,6 @@ class QueueMachine(RuleBasedStateMachine):
             events=None,
             is_progress=is_progress,
         )
-
-
-def _interaction(project: UUID, provider: str) -> NewInteraction:
-    """A background run without any input."""
-    place = Place(segment_id=ids.uuid7(), depth=0, is_new_line=True)
-    return NewInteraction(
-        id=ids.uuid7(),
-        project_id=project,
-        key_id=None,
-        place=place,
-        previous_id=None,
-        model="fake/m",
-        agent=None,
-        background=True,
-        logged=False,
-        input_form="text",
-        steps=[],
-        labels=None,
-        echo=b"{}",
-        spec=b"{}",
-        warnings=None,
-        retention=timedelta(days=1),
-        provider=provider,
-        worker_id=None,
-        first_seq=1,
-        first_events=b"",
-        rank=timedelta(0),
-        max_attempts=5,
-        webhook=None,
-        trace="{}",
-        idempotency_key=None,
-        request_hash=b"",
-    )
 
 
 def _ending() -> Ending:

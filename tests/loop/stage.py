@@ -15,7 +15,8 @@ from openinteractions.loop.ports import Patience, Ports
 from openinteractions.loop.run import Outcome, Run
 from openinteractions.loop.spec import RunSpec, RunState
 from openinteractions.models.catalog import Price, Target
-from openinteractions.models.port import Finished, Json, ModelCall, ModelEvent, TextDelta, Warning
+from openinteractions.models.port import Finished, Json, ModelCall, ModelEvent, TextDelta
+from openinteractions.models.port import Warning as Downgrade
 
 USAGE = {"total_input_tokens": 100, "total_output_tokens": 20, "total_tokens": 120}
 
@@ -40,7 +41,7 @@ class ScriptedModel:
     def takes_uri(self, content_type: str, uri: str) -> bool:
         return False
 
-    def check(self, call: ModelCall) -> list[Warning]:
+    def check(self, call: ModelCall) -> list[Downgrade]:
         return []
 
     @asynccontextmanager

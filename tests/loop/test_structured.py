@@ -54,7 +54,10 @@ def test_enforcing_twice_changes_nothing(schema: object):
 
 
 def test_a_mismatch_names_the_place():
-    schema = {"type": "object", "properties": {"l": {"type": "array", "items": {"type": "integer"}}}}
+    schema = {
+        "type": "object",
+        "properties": {"l": {"type": "array", "items": {"type": "integer"}}},
+    }
     assert mismatch({"l": [1, 2]}, schema) is None
     assert str(mismatch({"l": [1, "x"]}, schema)).startswith("at $.l[1]: ")
     assert len(str(mismatch({"l": ["x" * 5000]}, schema))) <= 300

@@ -247,9 +247,7 @@ async def test_children_created_at_once_all_have_the_parents_history(server: Ser
 async def test_a_crowd_of_children_is_served_or_told_to_come_back(server: Server):
     parent = await server.create("one")
     body = {"model": house.MODEL, "input": "c", "previous_interaction_id": parent["id"]}
-    answers = await asyncio.gather(
-        *(server.call("POST", "interactions", body) for _ in range(12))
-    )
+    answers = await asyncio.gather(*(server.call("POST", "interactions", body) for _ in range(12)))
     assert {status for status, _ in answers} == {200}
 
 
@@ -286,9 +284,7 @@ async def test_deletes_at_once_leave_nothing(server: Server):
             ids.append(child["id"])
             grandchild = await server.create("y", previous_interaction_id=child["id"])
             ids.append(grandchild["id"])
-        answers = await asyncio.gather(
-            *(server.call("DELETE", f"interactions/{i}") for i in ids)
-        )
+        answers = await asyncio.gather(*(server.call("DELETE", f"interactions/{i}") for i in ids))
         assert {status for status, _ in answers} == {200}
         assert await left_over(server.database) == {}
 

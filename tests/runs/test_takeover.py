@@ -1,4 +1,5 @@
 """Whatever dies, every run ends, and nobody sees anything twice, lost or rewritten."""
+# ruff: noqa: ASYNC110 - a test looks again until it is so
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -188,12 +189,15 @@ async def test_an_owner_that_died_between_the_note_and_its_commit_costs_no_input
 
 async def until_shown(server: Server, key: str, what: str) -> None:
     async def look() -> bool:
-        return 0 < await house.rows(
-            server.database,
-            "events",
-            "interaction_id = $1 and position($2 in convert_from(data, 'utf8')) > 0",
-            house.uuid_of(key),
-            what,
+        return (
+            await house.rows(
+                server.database,
+                "events",
+                "interaction_id = $1 and position($2 in convert_from(data, 'utf8')) > 0",
+                house.uuid_of(key),
+                what,
+            )
+            > 0
         )
 
     await house.eventually(look)
@@ -214,9 +218,7 @@ async def test_a_run_that_had_shown_nothing_just_runs(
 
 
 @pytest.mark.parametrize("owner", ["silent", "unknown"])
-async def test_a_lone_server_heals_at_its_next_start(
-    database_url: str, fake, owner: str
-):
+async def test_a_lone_server_heals_at_its_next_start(database_url: str, fake, owner: str):
     async with house.opened(database_url, fake, role="api") as before:
         gone = 99 if owner == "unknown" else await abandoned.dead_worker(before.database)
         keys = [await abandoned.leave(before, fake, owner=gone, given=f"{n}") for n in range(3)]
@@ -260,9 +262,7 @@ async def test_a_zombie_writes_nothing_and_its_reader_sees_the_rest(
     assert await house.rows(server.database, "spend") == 1
 
 
-async def test_a_create_that_lost_its_lease_still_answers(
-    server: Server, database_url: str, fake
-):
+async def test_a_create_that_lost_its_lease_still_answers(server: Server, database_url: str, fake):
     fake.replies.append(house.reply("slow", delay_s=1.0))
     async with house.opened(database_url, fake, role="api") as slow:
         creating = asyncio.create_task(slow.create("hi"))
@@ -286,9 +286,7 @@ async def test_a_stopping_server_hands_its_runs_back(
         dead = stopping.process.member.worker_id
         key = await abandoned.leave(server, fake, owner=dead, given="hi")
         job = await abandoned.claim(server.database, house.uuid_of(key), dead)
-        stopping.process.member.own(
-            job.id, job.epoch, stopping.process.executor.run_job(job)
-        )
+        stopping.process.member.own(job.id, job.epoch, stopping.process.executor.run_job(job))
         await until_shown(server, key, "Half")
     async with server.database.hot() as connection:
         state, attempt = await connection.fetchrow(
@@ -350,9 +348,7 @@ async def test_the_operator_says_how_many_deaths_are_too_many(
 
 
 @pytest.mark.parametrize("half", [[], [TextDelta("Half")]])
-async def test_a_run_of_a_dead_owner_is_cancelled_within_a_second(
-    server: Server, fake, half: list
-):
+async def test_a_run_of_a_dead_owner_is_cancelled_within_a_second(server: Server, fake, half: list):
     dead = await abandoned.dead_worker(server.database, silent_for=timedelta(0))
     key = await abandoned.leave(server, fake, owner=dead, shown=half)
     async with asyncio.timeout(1.5):
@@ -368,9 +364,7 @@ async def test_a_run_of_a_dead_owner_is_cancelled_within_a_second(
     assert fake.requests == []
 
 
-async def test_a_run_in_another_process_is_cancelled_there(
-    server: Server, database_url: str, fake
-):
+async def test_a_run_in_another_process_is_cancelled_there(server: Server, database_url: str, fake):
     fake.replies.append(house.reply(*"Half of it, then more", gap_s=0.1))
     async with house.opened(database_url, fake, role="api") as owner:
         body = {"model": house.MODEL, "input": "hi", "stream": True}

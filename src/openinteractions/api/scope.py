@@ -1,6 +1,7 @@
 """Whom a request speaks for."""
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Annotated, Protocol
 from uuid import UUID
 
@@ -22,6 +23,8 @@ class Caller:
     """None only with `--no-auth`."""
     is_budgeted: bool
     """A budget is set for the key or its project."""
+    retention: timedelta | None = None
+    """How long the project's interactions are kept; None: as the server's setting says."""
 
 
 class Authenticator(Protocol):

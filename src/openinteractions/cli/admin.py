@@ -5,7 +5,7 @@ from openinteractions.db import migrate as migrations
 from openinteractions.errors import SetupError
 from openinteractions.resources.keys import service, store
 from openinteractions.resources.keys.service import DayBudget
-from openinteractions.settings import Settings
+from openinteractions.settings import Settings, duration
 
 
 def budget(max_cost: float | None, max_tokens: int | None) -> DayBudget | None:
@@ -66,6 +66,17 @@ async def revoke_key(settings: Settings, key: str) -> None:
         revoked = await store.revoke(database, prefix)
     for item in revoked:
         print(f"revoked {item}…")
+
+
+async def keep_project(settings: Settings, *, project: str, retention: str) -> None:
+    """Set how long a project's new interactions are kept."""
+    kept = None if retention == "default" else duration(retention)
+    async with databases.opened(settings, pool_size=2, attach=True) as database:
+        await migrations.require_current(database)
+        await store.set_retention(
+            database, project_id=await store.ensure_project(database, project), retention=kept
+        )
+    print(f"New interactions of project {project!r} are kept for {kept or settings.retention}.")
 
 
 async def limit_project(settings: Settings, *, project: str, budget: DayBudget | None) -> None:

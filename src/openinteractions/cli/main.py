@@ -210,6 +210,21 @@ def keys_revoke(
     _run(admin.revoke_key(settings, prefix))
 
 
+@keys_app.command("retention")
+def keys_retention(
+    retention: Annotated[str, typer.Argument(help="Such as 7d or 12h; `default` lifts it.")],
+    project: Annotated[str, typer.Argument(help="The project.")] = "default",
+    *,
+    data_dir: DataDir = None,
+    config: Config = None,
+) -> None:
+    """Set how long a project's new interactions are kept."""
+    settings = _settings(config, data_dir=data_dir)
+    from openinteractions.cli import admin  # noqa: PLC0415 - as above
+
+    _run(admin.keep_project(settings, project=project, retention=retention))
+
+
 @keys_app.command("limit")
 def keys_limit(
     project: Annotated[str, typer.Argument(help="The project.")] = "default",

@@ -21,6 +21,7 @@ from sqlalchemy import (
     Identity,
     Index,
     Integer,
+    Interval,
     LargeBinary,
     MetaData,
     SmallInteger,
@@ -60,6 +61,8 @@ projects = Table(
     metadata,
     Column("id", Uuid, primary_key=True),
     Column("name", Text, nullable=False, unique=True),
+    # How long its interactions are kept; null: as the server's setting says.
+    Column("retention", Interval),
     _moment("created_at", default=True),
 )
 

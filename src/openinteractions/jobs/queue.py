@@ -37,13 +37,13 @@ with recursive tenant as (
   select project_id, provider, count(*) as n from jobs where state = 1
    group by grouping sets ((project_id), (provider))
 ), candidate as (
-  select c.id, c.rank_at, c.is_suspect,
+  select c.id, c.rank_at, c.is_suspect, c.provider,
          coalesce(b.n, 0)
            + row_number() over (partition by t.project_id order by c.rank_at, c.id) as turn
     from tenant t
     left join busy b on b.project_id = t.project_id
    cross join lateral (
-     select j.id, j.rank_at, j.attempt >= 2 as is_suspect from jobs j
+     select j.id, j.rank_at, j.provider, j.attempt >= 2 as is_suspect from jobs j
       where j.project_id = t.project_id and j.state = 0 and j.run_at <= now()
         and j.kind = any($3::text[])
         and not exists (select from busy p where p.project_id is null
@@ -57,14 +57,19 @@ with recursive tenant as (
       limit greatest(least($2, $4 - coalesce(b.n, 0)), 0)
    ) c
    where t.project_id is not null
-), picked as (
-  select id, turn, rank_at
+), allowed as (
+  select *, row_number() over (partition by provider order by turn, rank_at, id) as load
     from (select *, row_number() over (partition by is_suspect order by turn, rank_at) as n
             from candidate) c
    where not is_suspect
       or (n = 1 and not exists (select from jobs s where s.worker_id = $1 and s.state = 1
                                    and s.attempt > 2))
-   order by turn, rank_at limit $2
+), picked as (
+  select a.id, a.turn, a.rank_at
+    from allowed a
+    left join busy p on p.project_id is null and p.provider = a.provider
+   where a.provider is null or a.load + coalesce(p.n, 0) <= $5
+   order by a.turn, a.rank_at limit $2
 ), due as (
   select j.id from jobs j join picked p using (id)
    where j.state = 0

@@ -331,9 +331,12 @@ class Run:
         """What the model is told after an answer that broke its schema."""
         end = len(self.generated) - 1
         # A repair that broke off is still one: back over what its own note discards.
-        while end >= 0 and (self.generated[end].get(NOTE) or {}).get("kind") == "resumed":
-            end -= 1 + self.generated[end][NOTE]["discards"]
-        note: Json = (self.generated[end].get(NOTE) or {}) if end >= 0 else {}
+        note: Json = {}
+        while end >= 0:
+            note = self.generated[end].get(NOTE) or {}
+            if note.get("kind") != "resumed":
+                break
+            end -= 1 + note["discards"]
         if note.get("kind") != "repair":
             return []
         broken = self.generated[end - note["discards"] : end]

@@ -16,12 +16,13 @@ select id, max_nanousd, max_tokens,
   from budgets where project_id = $1 and (key_id is null or key_id = $2)
  order by id for update
 """
+# Never below zero: what was set aside before midnight is no credit for the day after it.
 _TAKE = """
 update budgets
-   set used_nanousd = $2 + case when day = (now() at time zone 'utc')::date
-                                then used_nanousd else 0 end,
-       used_tokens = $3 + case when day = (now() at time zone 'utc')::date
-                               then used_tokens else 0 end,
+   set used_nanousd = greatest(0, $2 + case when day = (now() at time zone 'utc')::date
+                                            then used_nanousd else 0 end),
+       used_tokens = greatest(0, $3 + case when day = (now() at time zone 'utc')::date
+                                           then used_tokens else 0 end),
        day = (now() at time zone 'utc')::date
  where id = any($1::uuid[])
 """

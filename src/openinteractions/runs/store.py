@@ -294,8 +294,9 @@ async def steal(database: Database, interaction_id: UUID, worker_id: int) -> int
     """Take a job from whoever has it; return its new epoch, None if it has ended."""
     async with database.hot() as connection:
         return await connection.fetchval(
-            "update jobs set state = 1, worker_id = $2, epoch = epoch + 1 where id = $1 "
-            "returning epoch",
+            # A queued one gives up its place in its key's line, where another may be running.
+            "update jobs set state = 1, worker_id = $2, epoch = epoch + 1, "
+            "key = case when state = 1 then key end where id = $1 returning epoch",
             interaction_id,
             worker_id,
         )

@@ -373,7 +373,7 @@ async def _try_create(
         echo=orjson.dumps(_echo(request)),
         spec=prepared.spec,
         warnings=orjson.dumps(prepared.warnings) if prepared.warnings else None,
-        retention=service.retention,
+        retention=caller.retention or service.retention,
         provider=prepared.provider,
         created_by=service.runner.worker_id,
         worker_id=None if request.background else service.runner.worker_id,

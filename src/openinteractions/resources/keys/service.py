@@ -103,7 +103,7 @@ class Keyring:
         if holder is None:
             self._known.pop(digest, None)
             return None
-        caller = Caller(holder.project_id, holder.key_id, holder.is_budgeted)
+        caller = Caller(holder.project_id, holder.key_id, holder.is_budgeted, holder.retention)
         if len(self._known) >= _MOST_CACHED:
             self._known.clear()
         self._known[digest] = (time.monotonic() + _CACHED_S, caller)

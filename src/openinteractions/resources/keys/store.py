@@ -1,7 +1,7 @@
 """All SQL of projects, keys and budgets."""
 
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from uuid import UUID
 
 from sqlalchemy import exists, insert, or_, select, text, update
@@ -33,6 +33,7 @@ class Holder:
     project_id: UUID
     key_id: UUID
     is_budgeted: bool
+    retention: timedelta | None
 
 
 async def find(database: Database, digest: bytes) -> Holder | None:
@@ -44,12 +45,12 @@ async def find(database: Database, digest: bytes) -> Holder | None:
     async with database.transaction() as connection:
         row = (
             await connection.execute(
-                select(api_keys.c.project_id, api_keys.c.id, budgeted).where(
-                    api_keys.c.hash == digest, api_keys.c.revoked_at.is_(None)
-                )
+                select(api_keys.c.project_id, api_keys.c.id, budgeted, projects.c.retention)
+                .join(projects, projects.c.id == api_keys.c.project_id)
+                .where(api_keys.c.hash == digest, api_keys.c.revoked_at.is_(None))
             )
         ).first()
-    return None if row is None else Holder(row[0], row[1], row[2])
+    return None if row is None else Holder(*row)
 
 
 async def ensure_project(database: Database, name: str) -> UUID:
@@ -118,6 +119,17 @@ async def revoke(database: Database, prefix: str) -> list[str]:
         revoked = [row[0] for row in rows]
         await connection.execute(text(f"notify {CHANNEL}"))
     return revoked
+
+
+async def set_retention(
+    database: Database, *, project_id: UUID, retention: timedelta | None
+) -> None:
+    """Set how long a project's new interactions are kept; None: as the server's setting says."""
+    async with database.transaction() as connection:
+        await connection.execute(
+            update(projects).where(projects.c.id == project_id).values(retention=retention)
+        )
+        await connection.execute(text(f"notify {CHANNEL}"))
 
 
 async def set_budget(
