@@ -4,7 +4,8 @@ from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from openinteractions.db.embedded import EmbeddedPostgres, running_url
-from openinteractions.db.engine import Database
+from openinteractions.db.engine import LOST, Database
+from openinteractions.errors import SetupError
 from openinteractions.settings import Settings
 
 
@@ -18,6 +19,9 @@ async def opened(
         settings: Say which.
         pool_size: Most connections; from the settings if left out.
         attach: Use the embedded server of a running `serve`, if there is one.
+
+    Raises:
+        SetupError: It cannot be reached, or went away in the middle of the command.
     """
     async with AsyncExitStack() as stack:
         if settings.database_url is not None:
@@ -29,4 +33,11 @@ async def opened(
                 url = (await stack.enter_async_context(embedded)).url
         database = Database(url, pool_size=pool_size or settings.database_pool)
         stack.push_async_callback(database.close)
-        yield database
+        try:
+            yield database
+        except LOST as error:
+            # A file of the command's own is not the database.
+            if isinstance(error, OSError) and error.filename is not None:
+                raise
+            reason = str(error) or type(error).__name__
+            raise SetupError(f"the database cannot be reached: {reason}") from error
