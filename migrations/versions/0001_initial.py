@@ -102,7 +102,7 @@ def upgrade() -> None:
         "interactions",
         ["expires_at"],
         unique=False,
-        postgresql_where=sa.text("deleted_at is null"),
+        postgresql_using="brin",
     )
     op.create_index(
         op.f("ix_interactions_project_id"),
@@ -169,13 +169,6 @@ def upgrade() -> None:
         postgresql_where=sa.text("state = 0 and key is not null"),
     )
     op.create_index(
-        "ix_jobs_load",
-        "jobs",
-        ["project_id", "provider"],
-        unique=False,
-        postgresql_where=sa.text("state = 1"),
-    )
-    op.create_index(
         "ix_jobs_ready",
         "jobs",
         ["project_id", "rank_at", "id"],
@@ -183,7 +176,11 @@ def upgrade() -> None:
         postgresql_where=sa.text("state = 0"),
     )
     op.create_index(
-        "ix_jobs_worker", "jobs", ["worker_id"], unique=False, postgresql_where=sa.text("state = 1")
+        "ix_jobs_running",
+        "jobs",
+        ["worker_id", "project_id", "provider"],
+        unique=False,
+        postgresql_where=sa.text("state = 1"),
     )
     op.create_index(
         "uq_jobs_running_key",
@@ -248,8 +245,8 @@ def upgrade() -> None:
     )
     op.create_table(
         "spend",
-        sa.Column("id", sa.Uuid(), nullable=False),
         sa.Column("project_id", sa.Uuid(), nullable=False),
+        sa.Column("id", sa.Uuid(), nullable=False),
         sa.Column("key_id", sa.Uuid(), nullable=True),
         sa.Column("interaction_id", sa.Uuid(), nullable=True),
         sa.Column("model", sa.Text(), nullable=False),
@@ -263,10 +260,7 @@ def upgrade() -> None:
             server_default=sa.text("now()"),
             nullable=False,
         ),
-        sa.PrimaryKeyConstraint("id", name=op.f("pk_spend")),
-    )
-    op.create_index(
-        op.f("ix_spend_project_id_created_at"), "spend", ["project_id", "created_at"], unique=False
+        sa.PrimaryKeyConstraint("project_id", "id", name=op.f("pk_spend")),
     )
     op.create_table(
         "steps",
@@ -348,7 +342,6 @@ def downgrade() -> None:
     op.drop_table("api_keys")
     op.drop_table("workers")
     op.drop_table("steps")
-    op.drop_index(op.f("ix_spend_project_id_created_at"), table_name="spend")
     op.drop_table("spend")
     op.drop_table("signing_keys")
     op.drop_index(
@@ -364,9 +357,8 @@ def downgrade() -> None:
         table_name="jobs",
         postgresql_where=sa.text("state = 1 and key is not null"),
     )
-    op.drop_index("ix_jobs_worker", table_name="jobs", postgresql_where=sa.text("state = 1"))
+    op.drop_index("ix_jobs_running", table_name="jobs", postgresql_where=sa.text("state = 1"))
     op.drop_index("ix_jobs_ready", table_name="jobs", postgresql_where=sa.text("state = 0"))
-    op.drop_index("ix_jobs_load", table_name="jobs", postgresql_where=sa.text("state = 1"))
     op.drop_index(
         "ix_jobs_key", table_name="jobs", postgresql_where=sa.text("state = 0 and key is not null")
     )
@@ -382,9 +374,7 @@ def downgrade() -> None:
         postgresql_where=sa.text("deleted_at is null"),
     )
     op.drop_index(
-        op.f("ix_interactions_expires_at"),
-        table_name="interactions",
-        postgresql_where=sa.text("deleted_at is null"),
+        op.f("ix_interactions_expires_at"), table_name="interactions", postgresql_using="brin"
     )
     op.drop_table("interactions")
     op.drop_table("events")

@@ -26,6 +26,7 @@ from openinteractions.wire.create import request_schemas
 
 _log = structlog.get_logger(__name__)
 
+_OK = 200
 VERSIONS = ("v1beta", "v1", "v1alpha")
 """The one that SDKs use first: routes are tried in order."""
 _EXPOSED = ["x-goog-upload-url", "x-goog-upload-status", "retry-after", "x-request-id"]
@@ -100,12 +101,11 @@ class _Envelope:
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=request_id)
         began = time.perf_counter()
-        status = 0
+        sent: list[int] = []
 
         async def tagged(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                sent.append(message["status"])
                 message["headers"] = [
                     *message.get("headers", ()),
                     (b"x-request-id", request_id.encode()),
@@ -123,15 +123,19 @@ class _Envelope:
         except Exception as error:  # noqa: BLE001 - the request boundary
             request = Request(scope)
             answer = errors.crash(request, error)
-            if status == 0:
+            if not sent:
                 await answer(scope, receive, tagged)
         finally:
             seconds = time.perf_counter() - began
             # Unknown paths are one route, whatever they are: labels stay few.
             route = getattr(scope.get("route"), "path", None)
-            metrics.requests.labels(scope["method"], route or "?", status).inc()
-            metrics.request_seconds.labels(route or "?").observe(seconds)
-            _log.info(
+            metrics.child(metrics.request_seconds, route or "?").observe(seconds)
+            # An interaction that ends is logged with the same ids: its request only where asked.
+            status = sent[0] if sent else 0
+            metrics.child(metrics.requests, scope["method"], route or "?", str(status)).inc()
+            is_create = scope["method"] == "POST" and route == "/interactions"
+            log = _log.debug if is_create and status == _OK else _log.info
+            log(
                 "request",
                 method=scope["method"],
                 path=route or scope["path"][:120],

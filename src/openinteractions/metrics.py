@@ -3,6 +3,9 @@
 Labels are few and bounded: routes, kinds, providers, outcomes; never ids, keys, or model text.
 """
 
+from functools import lru_cache
+from typing import TypeVar
+
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     CollectorRegistry,
@@ -92,6 +95,15 @@ queue_oldest_seconds = Gauge(
     "oi_queue_oldest_seconds", "Age of the oldest job that is due.", ["kind"], registry=REGISTRY
 )
 workers_alive = Gauge("oi_workers_alive", "Processes that beat.", ["role"], registry=REGISTRY)
+
+
+_Metric = TypeVar("_Metric", Counter, Histogram)
+
+
+@lru_cache(maxsize=4096)
+def child(metric: _Metric, *labels: str) -> _Metric:
+    """A metric with its labels; looked up once, since the hot path asks for the same few."""
+    return metric.labels(*labels)
 
 
 def serve(port: int) -> None:

@@ -195,8 +195,7 @@ class QueueMachine(RuleBasedStateMachine):
             return
         process.is_silent = False
         assert mine == {
-            job.id: (job.epoch, job.is_cancelled)
-            for job in self.model.of(process.worker_id)
+            job.id: (job.epoch, job.is_cancelled) for job in self.model.of(process.worker_id)
         }
 
     # ---- work is taken

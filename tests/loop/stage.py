@@ -120,6 +120,9 @@ class Coins:
     held: int = 0
     log: list[tuple[str, int, int]] = field(default_factory=list)
 
+    async def room(self, *, input_tokens: int, price: Price | None) -> int:
+        return 10**6 if self.tokens > 3 else self.tokens
+
     async def reserve(self, *, tokens: int, nanousd: int) -> None:
         self.log.append(("reserve", tokens, nanousd))
         if tokens > self.tokens:

@@ -269,7 +269,6 @@ async def test_a_budget_ends_runs_and_is_charged_for_what_they_took(server: Serv
     assert (await server.create("x", key=OTHER, **more))["status"] == "completed"
 
 
-@pytest.mark.xfail(reason="a day's budget sets only the input aside and clamps nothing (R24)")
 async def test_a_budget_bounds_an_answer_that_names_no_limit(server: Server):
     """Ruling R24: the worst case is set aside, and the answer clamped to it."""
     await keys.limit(

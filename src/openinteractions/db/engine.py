@@ -6,6 +6,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import asyncpg
+from asyncpg.exceptions._base import DataError as ClientDataError
 from sqlalchemy import event
 from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_dbapi
 from sqlalchemy.exc import DBAPIError
@@ -88,6 +89,10 @@ class Database:
         assert driver is not None
         try:
             yield driver
+        except ClientDataError as error:
+            # A parameter that does not fit its column: a bug of ours, not a lost database, though
+            # asyncpg derives it from the error of a closed connection.
+            raise ValueError(str(error)) from error
         except LOST:
             held.invalidate()
             # After an outage the others are dead too: found out once, not once for each.

@@ -80,6 +80,7 @@ api_keys = Table(
     Index(None, "project_id"),
 )
 
+# Only lines that branch off another have a row; the first one of a tree is just its id.
 segments = Table(
     "segments",
     metadata,
@@ -138,8 +139,8 @@ interactions = Table(
     UniqueConstraint("segment_id", "depth"),
     # Serves: GET /interactions, newest first, in keyset pages.
     Index(None, "project_id", text("id desc"), postgresql_where=text("deleted_at is null")),
-    # Serves: expiry.
-    Index(None, "expires_at", postgresql_where=text("deleted_at is null")),
+    # Serves: expiry. Block ranges, since rows come in about the order in which they expire.
+    Index(None, "expires_at", postgresql_using="brin"),
     # Holds: one interaction for each Idempotency-Key of a project.
     Index(
         "uq_interactions_idempotency",
@@ -218,8 +219,6 @@ jobs = Table(
     CheckConstraint("(state = 1) = (worker_id is not null)", name="owner"),
     # Serves: claim.
     Index("ix_jobs_ready", "project_id", "rank_at", "id", postgresql_where=text("state = 0")),
-    # Serves: how much of each project and provider runs (fair claim).
-    Index("ix_jobs_load", "project_id", "provider", postgresql_where=text("state = 1")),
     # Serves: is there an older sibling of this key.
     Index(
         "ix_jobs_key",
@@ -228,8 +227,10 @@ jobs = Table(
         "id",
         postgresql_where=text("state = 0 and key is not null"),
     ),
-    # Serves: heartbeat and sweep.
-    Index("ix_jobs_worker", "worker_id", postgresql_where=text("state = 1")),
+    # Serves: heartbeat and sweep; and how much of each project and provider runs (fair claim).
+    Index(
+        "ix_jobs_running", "worker_id", "project_id", "provider", postgresql_where=text("state = 1")
+    ),
     # Holds: one running job a key, whatever the code does.
     Index(
         "uq_jobs_running_key",
@@ -247,8 +248,9 @@ jobs = Table(
 spend = Table(
     "spend",
     metadata,
+    # Serves: what a project spent in a time, since ids are ordered by time.
+    Column("project_id", Uuid, primary_key=True),
     Column("id", Uuid, primary_key=True),
-    Column("project_id", Uuid, nullable=False),
     Column("key_id", Uuid),
     # Null for store=false.
     Column("interaction_id", Uuid),
@@ -259,7 +261,6 @@ spend = Table(
     # Billionths of a US dollar; null where no price is known.
     Column("cost_nanousd", BigInteger),
     _moment("created_at", default=True),
-    Index(None, "project_id", "created_at"),
 )
 
 budgets = Table(

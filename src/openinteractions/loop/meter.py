@@ -51,8 +51,8 @@ class Meter:
         traceback: TracebackType | None,
     ) -> None:
         provider = self._target.provider
-        metrics.model_calls.labels(provider, self._outcome).inc()
-        metrics.model_seconds.labels(provider).observe(self._elapsed())
+        metrics.child(metrics.model_calls, provider, self._outcome).inc()
+        metrics.child(metrics.model_seconds, provider).observe(self._elapsed())
         self._stack.__exit__(kind, error, traceback)
 
     def event(self, event: object) -> None:
@@ -60,13 +60,13 @@ class Meter:
         provider = self._target.provider
         if not self._has_begun:
             self._has_begun = True
-            metrics.model_first_seconds.labels(provider).observe(self._elapsed())
+            metrics.child(metrics.model_first_seconds, provider).observe(self._elapsed())
         if not isinstance(event, Finished):
             return
         self._outcome = "finished"
         for kind, key in _KINDS.items():
             if tokens := event.usage.get(key):
-                metrics.model_tokens.labels(provider, kind).inc(tokens)
+                metrics.child(metrics.model_tokens, provider, kind).inc(tokens)
         self._span.set_attributes(
             {
                 "gen_ai.response.finish_reasons": (event.reason,),

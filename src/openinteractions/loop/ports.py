@@ -7,7 +7,7 @@ from typing import Protocol
 
 from openinteractions.loop.spec import RunState
 from openinteractions.loop.turn import Show
-from openinteractions.models.catalog import Target
+from openinteractions.models.catalog import Price, Target
 from openinteractions.models.port import Json
 
 
@@ -62,6 +62,14 @@ class Journal(Protocol):
 
 class Purse(Protocol):
     """The day's budgets of the key and the project that pay for a run."""
+
+    async def room(self, *, input_tokens: int, price: Price | None) -> int:
+        """How many tokens the next answer may have.
+
+        Raises:
+            BudgetSpent: Not even one.
+        """
+        ...
 
     async def reserve(self, *, tokens: int, nanousd: int) -> None:
         """Set the worst case of one call aside.

@@ -109,6 +109,9 @@ class Run:
         """One whole turn of the model, or of the next in the chain while it stays down."""
         failures: list[str] = []
         chain = self.spec.chain
+        most = self.spec.limits.max_steps
+        if most is not None and len(self.generated) >= most:
+            raise BudgetSpent(f"The limit max_steps = {most} is reached.")
         while self.state.fallback < len(chain):
             name = chain[self.state.fallback]
             try:
@@ -201,6 +204,9 @@ class Run:
         room = room_for_output(
             self.spec.limits, self.state, input_tokens=tokens, price=target.price
         )
+        if self._ports.purse is not None:
+            granted = await self._ports.purse.room(input_tokens=tokens, price=target.price)
+            room = granted if room is None else min(room, granted)
         asked = generation.get("max_output_tokens")
         self._clamped = room is not None and (asked is None or room < asked)
         if self._clamped:

@@ -68,6 +68,7 @@ class Executor:
             key_id=lease.key_id,
             is_budgeted=lease.is_budgeted,
             inputs=lease.steps,
+            plan=lease.plan if isinstance(lease.plan, prepare.Plan) else None,
             events_written=lease.events_written,
         )
         future: asyncio.Future[Ended | None] = asyncio.get_running_loop().create_future()

@@ -34,12 +34,25 @@ class _Compiled:
     depth: int = -1
     """The last turn that is in it."""
     size: int = 0
+    waiting: tuple[int, bytes] | None = None
+    """The turn after it, which has ended but is not compiled before it is needed."""
 
     def extend(self, depth: int, messages: Sequence[bytes]) -> None:
         self.messages += messages
         self.ends[depth] = len(self.messages)
         self.depth = depth
         self.size += sum(map(len, messages)) + 64
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """An interaction's input, compiled already."""
+
+    target: str
+    """Whose messages they are, `provider/model`."""
+    steps: int
+    """How many steps they stand for."""
+    messages: list[bytes]
 
 
 class Cache:
@@ -63,6 +76,20 @@ class Cache:
         self._size += line.size - (old.size if old is not None and old is not line else 0)
         self._lines[segment_id, target] = line
         self._shrink()
+
+    def remember(self, segment_id: UUID, depth: int, steps: Sequence[Json], target: str) -> None:
+        """Keep an interaction that has just ended, so that the next turn need not read it."""
+        known = self.find(segment_id, target)
+        if known is None:
+            if depth != 0:
+                return
+            known = _Compiled()
+            self.keep(segment_id, target, known)
+        if known.depth == depth - 1 and known.waiting is None:
+            data = orjson.dumps(steps)
+            known.waiting = (depth, data)
+            known.size += len(data)
+            self.grew(len(data))
 
     def grew(self, by: int) -> None:
         """A kept line was extended in place."""
@@ -115,12 +142,18 @@ class LineHistory:
     """The turns before one interaction, as `loop.ports.History`."""
 
     def __init__(
-        self, database: Database, cache: Cache, inliner: Inliner, line: Line | None
+        self,
+        database: Database,
+        cache: Cache,
+        inliner: Inliner,
+        line: Line | None,
+        ready: Ready | None = None,
     ) -> None:
         self._database = database
         self._cache = cache
         self._inline = inliner
         self._line = line
+        self._ready = ready
 
     async def messages(self, target: Target) -> Sequence[bytes]:
         """Every earlier turn as the target's messages."""
@@ -130,6 +163,8 @@ class LineHistory:
         if line.idx is not None:
             return (await self._compile_all(line, target, _Compiled(), start=0)).messages
         known = self._cache.find(line.segment_id, target.id)
+        if known is not None and known.waiting is not None:
+            await self._take_in(known, target)
         if known is not None and line.depth in known.ends:
             return known.messages[: known.ends[line.depth]]
         if known is not None and known.depth < line.depth:
@@ -144,19 +179,17 @@ class LineHistory:
 
     async def own(self, steps: Sequence[Json], target: Target) -> list[bytes]:
         """The running interaction's steps as the target's messages."""
+        ready = self._ready
+        if ready is not None and ready.target == target.id and ready.steps == len(steps):
+            return ready.messages
         return await self._compile(steps, target)
 
-    async def remember(
-        self, segment_id: UUID, depth: int, steps: Sequence[Json], target: Target
-    ) -> None:
-        """Keep the interaction that has just ended, so that the next turn need not read it."""
-        known = self._cache.find(segment_id, target.id)
-        if known is None:
-            if depth != 0:
-                return
-            known = _Compiled()
-            self._cache.keep(segment_id, target.id, known)
-        messages = await self._compile(steps, target)
+    async def _take_in(self, known: _Compiled, target: Target) -> None:
+        """Compile the turn that ended last, now that one follows it."""
+        assert known.waiting is not None
+        depth, steps = known.waiting
+        messages = await self._compile(orjson.loads(steps), target)
+        known.waiting = None
         if known.depth == depth - 1:
             before = known.size
             known.extend(depth, messages)

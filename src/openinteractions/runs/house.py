@@ -11,7 +11,7 @@ from openinteractions.loop.ports import Journal, Patience, Ports
 from openinteractions.loop.spec import Limits
 from openinteractions.models.catalog import Catalog
 from openinteractions.netguard import Fetcher
-from openinteractions.runs.history import Cache, Inliner, LineHistory
+from openinteractions.runs.history import Cache, Inliner, LineHistory, Ready
 from openinteractions.runs.purse import DayPurse
 from openinteractions.runs.store import Line
 
@@ -35,9 +35,11 @@ class House:
         """Puts media back for a project's runs."""
         return Inliner(self.database, self.fetcher, project_id)
 
-    def history(self, project_id: UUID, line: Line | None) -> LineHistory:
+    def history(
+        self, project_id: UUID, line: Line | None, ready: Ready | None = None
+    ) -> LineHistory:
         """The turns up to a place."""
-        return LineHistory(self.database, self.cache, self.inliner(project_id), line)
+        return LineHistory(self.database, self.cache, self.inliner(project_id), line, ready)
 
     def ports(self, history: LineHistory, journal: Journal, purse: DayPurse | None) -> Ports:
         """What one run is connected to."""

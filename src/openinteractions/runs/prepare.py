@@ -1,6 +1,6 @@
 """From a request to the run spec: aliases resolved, limits decided, everything checked up front."""
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from openinteractions.errors import Invalid
@@ -16,6 +16,17 @@ from openinteractions.runs.history import Inliner
 from openinteractions.wire.create import CreateInteraction
 
 _NANO = 1_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What `prepare` has worked out already, for a run that starts in the same process."""
+
+    spec: RunSpec
+    target: str
+    """Whose messages `compiled` are."""
+    compiled: list[bytes]
+    """The input."""
 
 
 async def prepare(
@@ -55,11 +66,12 @@ async def prepare(
     _require_price(spec, catalog)
     steps = await _fetched(request.steps, target, inliner)
     shown = for_model(steps, provider=target.provider, model=target.model)
-    target.adapter.compile(await inliner(shown, target), target.model)
+    compiled = target.adapter.compile(await inliner(shown, target), target.model)
     warnings = target.adapter.check(call_for(spec, target, (), spec.generation))
     warnings += _unread_hints(steps, catalog.providers[target.provider])
     return Prepared(
         spec=spec.dump(),
+        plan=Plan(spec, target.id, compiled),
         provider=target.provider,
         steps=steps,
         warnings=[asdict(warning) for warning in warnings],

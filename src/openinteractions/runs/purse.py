@@ -6,8 +6,11 @@ import structlog
 
 from openinteractions.db.engine import LOST, Database
 from openinteractions.loop.limits import BudgetSpent
+from openinteractions.models.catalog import Price
 
 _log = structlog.get_logger(__name__)
+
+_MOST_AT_ONCE = 32_768
 
 _ROWS = """
 select id, max_nanousd, max_tokens,
@@ -40,6 +43,27 @@ class DayPurse:
         self._project_id = project_id
         self._key_id = key_id
         self._held = (0, 0)
+
+    async def room(self, *, input_tokens: int, price: Price | None) -> int:
+        """How many tokens the next answer may have: a share, so that others fit beside it."""
+        async with self._database.hot() as connection, connection.transaction():
+            rows = await connection.fetch(_ROWS, self._project_id, self._key_id)
+        room = _MOST_AT_ONCE
+        for _, max_nanousd, max_tokens, used_nanousd, used_tokens in rows:
+            if max_tokens is not None:
+                room = min(room, max_tokens - used_tokens - input_tokens)
+            if max_nanousd is None:
+                continue
+            if price is None:
+                raise BudgetSpent("The day's budget cannot be kept: the model has no known price.")
+            left = max_nanousd - used_nanousd - input_tokens * price.input
+            if left < 0:
+                room = 0
+            elif price.output:
+                room = min(room, int(left / price.output))
+        if room < 1:
+            raise BudgetSpent("The day's budget leaves no room for another model call.")
+        return room
 
     async def reserve(self, *, tokens: int, nanousd: int) -> None:
         """Set the worst case of one call aside, in every budget that applies or in none."""

@@ -89,12 +89,13 @@ select id, project_id, segment_id, depth, previous_id, status, model, agent, bac
 # A line of turns back to its root: each segment with how much of it belongs to the line.
 _HISTORY = """
 with recursive line as (
-  select g.id, g.parent_id, g.parent_depth, g.parent_idx, $3::int as high, $4::smallint as high_idx
-    from segments g where g.id = $2 and g.project_id = $1
+  select v.id, g.parent_id, g.parent_depth, g.parent_idx, $3::int as high, $4::smallint as high_idx
+    from (values ($2::uuid)) as v(id)
+    left join segments g on g.id = v.id and g.project_id = $1
   union all
-  select g.id, g.parent_id, g.parent_depth, g.parent_idx, l.parent_depth, l.parent_idx
-    from line l join segments g on g.id = l.parent_id and g.project_id = $1
-   where l.parent_depth >= $5
+  select l.parent_id, g.parent_id, g.parent_depth, g.parent_idx, l.parent_depth, l.parent_idx
+    from line l left join segments g on g.id = l.parent_id and g.project_id = $1
+   where l.parent_id is not null and l.parent_depth >= $5
 )
 select s.depth, s.media, s.data
   from line l

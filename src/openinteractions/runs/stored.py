@@ -9,7 +9,7 @@ import structlog
 
 from openinteractions import clock, ids, metrics, tracing
 from openinteractions.db.engine import LOST
-from openinteractions.errors import EngineError, Invalid, LeaseLost
+from openinteractions.errors import EngineError, LeaseLost
 from openinteractions.events.log import Stream
 from openinteractions.events.types import ENDED, Event, Position
 from openinteractions.jobs import queue
@@ -21,8 +21,10 @@ from openinteractions.models.port import Json
 from openinteractions.resources.interactions.runner import Ended
 from openinteractions.resources.interactions.store import Interaction
 from openinteractions.resources.webhooks.service import EVENTS
+from openinteractions.runs.history import Ready
 from openinteractions.runs.house import House
 from openinteractions.runs.journal import DatabaseJournal
+from openinteractions.runs.prepare import Plan
 from openinteractions.runs.purse import DayPurse
 from openinteractions.runs.store import Ending, Line, Spend
 from openinteractions.wire.events import (
@@ -55,6 +57,8 @@ class StoredRun:
     """By this epoch, before the run began."""
     shown: list[Event] = field(default_factory=list[Event])
     """Everything that readers have seen, where an earlier owner was cut off."""
+    plan: Plan | None = None
+    """What its preparation in this process has worked out."""
     webhook: bytes | None = None
     """The request's `webhook_config`, JSON."""
     trace: dict[str, str] | None = None
@@ -101,11 +105,13 @@ async def _drive(house: House, stored: StoredRun) -> Ended:
     line = None
     if row.depth > 0:
         line = Line(project_id=row.project_id, segment_id=row.segment_id, depth=row.depth - 1)
-    history = house.history(row.project_id, line)
+    plan = stored.plan
+    ready = None if plan is None else Ready(plan.target, len(stored.inputs), plan.compiled)
+    history = house.history(row.project_id, line, ready)
     purse = DayPurse(house.database, row.project_id, stored.key_id) if stored.is_budgeted else None
     await _close_broken(stored, journal)
     run = Run(
-        RunSpec.load(stored.spec),
+        RunSpec.load(stored.spec) if plan is None else plan.spec,
         stored.state,
         inputs=stored.inputs,
         generated=stored.generated,
@@ -115,7 +121,7 @@ async def _drive(house: House, stored: StoredRun) -> Ended:
     ended = await _finish(stored, run, journal, outcome)
     if stored.webhook is not None:
         await queue.wake(house.database)
-    await _remember(house, stored, run)
+    _remember(house, stored, run)
     return ended
 
 
@@ -288,19 +294,12 @@ def _last_events(row: Interaction, outcome: Outcome, usage: Json) -> list[Event]
     return events
 
 
-async def _remember(house: House, stored: StoredRun, run: Run) -> None:
+def _remember(house: House, stored: StoredRun, run: Run) -> None:
     """Keep the ended turn compiled, for the next one."""
     row = stored.interaction
     chain = run.spec.chain
     if run.state.fallback >= len(chain):
         return
-    history = house.history(row.project_id, None)
-    try:
-        await history.remember(
-            row.segment_id,
-            row.depth,
-            [*stored.inputs, *run.generated],
-            house.catalog.open(chain[run.state.fallback]),
-        )
-    except (Invalid, *LOST):
-        _log.debug("history.not_kept", interaction_id=row.id.hex)
+    house.cache.remember(
+        row.segment_id, row.depth, [*stored.inputs, *run.generated], chain[run.state.fallback]
+    )

@@ -109,8 +109,11 @@ class InMemory:
             generated=[],
             ports=house.ports(house.history(asked.project_id, line), self._journal, purse),
         )
-        outcome = await self._outcome(run)
-        await self._pay(run)
+        try:
+            outcome = await self._outcome(run)
+        finally:
+            # Also where the caller went away: what was answered was paid for.
+            await asyncio.shield(self._pay(run))
         return self._ended(run, outcome)
 
     async def _outcome(self, run: Run) -> Outcome:

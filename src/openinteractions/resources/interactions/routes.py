@@ -61,7 +61,10 @@ async def create_interaction(request: Request) -> Response:
     )
     parsed = parse_create(raw, max_depth=limits.max_json_depth)
     here = _service(request)
-    base_url = request.app.state.public_url or str(request.base_url).rstrip("/")
+    # Only media that are delivered by `uri` need to know where this server is reached.
+    base_url = ""
+    if parsed.media_formats:
+        base_url = request.app.state.public_url or str(request.base_url).rstrip("/")
     asked = Asked(
         request=parsed,
         digest=hashlib.sha256(raw).digest(),

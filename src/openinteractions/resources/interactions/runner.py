@@ -18,6 +18,8 @@ class Prepared:
 
     spec: bytes
     """The frozen run spec, JSON."""
+    plan: object
+    """The runner's own; it goes back to it with the lease."""
     provider: str
     steps: list[dict[str, Any]]
     """The input, with what it refers to fetched where the model needs it."""
@@ -30,6 +32,7 @@ class Lease:
 
     interaction: Interaction
     spec: bytes
+    plan: object
     steps: list[dict[str, Any]]
     epoch: int
     events_written: int

@@ -396,6 +396,7 @@ async def _try_create(
     lease = Lease(
         interaction=row,
         spec=prepared.spec,
+        plan=prepared.plan,
         steps=prepared.steps,
         epoch=epoch,
         events_written=len(first_events),

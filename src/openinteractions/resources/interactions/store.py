@@ -28,28 +28,28 @@ with parent as (
      logged, input_form, input_count, labels, echo, spec, warnings, expires_at, webhook,
      idempotency_key, request_hash, created_by)
   select $1, $2, $3, $4, $5, $6::uuid, 'in_progress', $7, $8, $9, $10::boolean, $11, $12,
-         $13::jsonb, $14, $15, $16, now() + $17::interval, $30::bytea, $31, $32::bytea,
-         $35::bigint
+         $13::jsonb, $14, $15, $16, now() + $17::interval, $29::bytea, $30, $31::bytea,
+         $34::bigint
    where $6 is null or exists (select from parent)
   on conflict (segment_id, depth) do nothing
   returning id, created_at
 ), line as (
   insert into segments (id, project_id, parent_id, parent_depth, parent_idx)
-  select $4, $2, $18::uuid, $19::int, $20::smallint from turn where $21
+  select $4, $2, $18::uuid, $19::int, $20::smallint from turn where $18 is not null
 ), job as (
   insert into jobs (id, project_id, kind, provider, state, worker_id, epoch, attempt, rank_at,
                     max_attempts, args)
-  select id, $2, 'run', $22::text, u.taken, $23, u.taken, u.taken, now() + $29::interval, $33,
-         $34::text::jsonb
-    from turn, (select case when $23::bigint is null then 0 else 1 end) as u(taken)
+  select id, $2, 'run', $21::text, u.taken, $22, u.taken, u.taken, now() + $28::interval, $32,
+         $33::text::jsonb
+    from turn, (select case when $22::bigint is null then 0 else 1 end) as u(taken)
 ), input as (
   insert into steps (segment_id, depth, idx, project_id, type, media, data)
   select $4, $5, u.n - 1, $2, u.type, u.media, u.data
-    from turn, unnest($24::text[], $25::bool[], $26::bytea[])
+    from turn, unnest($23::text[], $24::bool[], $25::bytea[])
                with ordinality as u(type, media, data, n)
 ), log as (
   insert into events (born, interaction_id, seq, project_id, data)
-  select created_at, id, $27::bigint, $2, $28::bytea from turn where $10
+  select created_at, id, $26::bigint, $2, $27::bytea from turn where $10
 )
 select created_at from turn
 """
@@ -196,7 +196,6 @@ def _values(new: NewInteraction) -> tuple[object, ...]:
         place.parent_id,
         place.parent_depth,
         place.parent_idx,
-        place.is_new_line,
         new.provider,
         new.worker_id,
         [step.type for step in new.steps],

@@ -90,6 +90,7 @@ class Keyring:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._known: dict[bytes, tuple[float, Caller]] = {}
+        self._generation = 0
 
     async def __call__(self, key: str | None) -> Caller | None:
         """Whom a key speaks for; None if it is missing, unknown or revoked."""
@@ -99,6 +100,7 @@ class Keyring:
         known = self._known.get(digest)
         if known is not None and time.monotonic() < known[0]:
             return known[1]
+        generation = self._generation
         holder = await store.find(self._database, digest)
         if holder is None:
             self._known.pop(digest, None)
@@ -106,7 +108,9 @@ class Keyring:
         caller = Caller(holder.project_id, holder.key_id, holder.is_budgeted, holder.retention)
         if len(self._known) >= _MOST_CACHED:
             self._known.clear()
-        self._known[digest] = (time.monotonic() + _CACHED_S, caller)
+        # What was read while a change came in may be from before it: not kept.
+        if generation == self._generation:
+            self._known[digest] = (time.monotonic() + _CACHED_S, caller)
         return caller
 
     @asynccontextmanager
@@ -114,15 +118,17 @@ class Keyring:
         """Forget what is known whenever a key or budget changes, until the context ends."""
         async with asyncio.TaskGroup() as group:
             task = group.create_task(
-                listen(
-                    self._database, store.CHANNEL, lambda _: self._known.clear(), self._known.clear
-                ),
+                listen(self._database, store.CHANNEL, lambda _: self._forget(), self._forget),
                 name="key-listener",
             )
             try:
                 yield
             finally:
                 task.cancel()
+
+    def _forget(self) -> None:
+        self._generation += 1
+        self._known.clear()
 
 
 class OpenDoor:
