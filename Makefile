@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup serve demo test check bench lock
+.PHONY: help setup serve demo test check bench gap chaos lock
 ARGS ?=
 
 help: ## Show this list
@@ -24,6 +24,14 @@ check: ## Run the checks alone: format, lint, imports, types
 bench: ## Measure against the floor
 	@scripts/setup --dev
 	@.venv/bin/python -m benchmarks.run $(ARGS)
+
+gap: ## Count runs that end well, ours and a naive chain's, side by side
+	@scripts/setup --dev
+	@.venv/bin/python -m benchmarks.gap $(ARGS)
+
+chaos: ## Run 200 runs while everything is killed (ARGS="--runs 60 --seed 7")
+	@scripts/setup --dev
+	@.venv/bin/python -m tests.chaos.run $(ARGS)
 
 lock: ## Renew the lock files from pyproject.toml (needs uv)
 	@scripts/lock

@@ -183,9 +183,7 @@ async def measure_naive(runs: int, concurrency: int) -> tuple[Tally, Record]:
     return tally, record
 
 
-async def measure_ours(
-    runs: int, concurrency: int, folder: Path
-) -> tuple[Tally, Record, int]:
+async def measure_ours(runs: int, concurrency: int, folder: Path) -> tuple[Tally, Record, int]:
     """The same through the server; how many workers were killed meanwhile."""
     tally, record = Tally(), Record()
     async with (

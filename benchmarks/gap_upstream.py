@@ -65,7 +65,7 @@ class Record:
         if step < self.furthest[run]:
             self.late.append((run, step))
         self.furthest[run] = max(step, self.furthest[run])
-        rng = random.Random(f"{asked} {self.tries[run, step]}")  # noqa: S311 - a script
+        rng = random.Random(f"{asked} {self.tries[run, step]}")
         fault = rng.choice(["error", "cut", "stall"]) if rng.random() < FAULTS else ""
         if fault:
             self.faults[fault] += 1

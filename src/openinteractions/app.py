@@ -1,14 +1,17 @@
 """The FastAPI application: routers on every version, middleware, error rendering, docs."""
 
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import orjson
 import structlog
 from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 from fastapi.openapi.utils import get_openapi
 from opentelemetry.trace import SpanKind
 from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from openinteractions import __version__, ids, metrics, tracing
@@ -19,6 +22,7 @@ from openinteractions.jobs import overview
 from openinteractions.process import Process
 from openinteractions.resources.files import routes as files
 from openinteractions.resources.interactions import routes as interactions
+from openinteractions.resources.interactions.recent import RecentRows
 from openinteractions.resources.interactions.service import Service
 from openinteractions.resources.webhooks import routes as webhooks
 from openinteractions.settings import Settings
@@ -43,7 +47,8 @@ _STILL_TO_COME = (
 
 def create_app(settings: Settings, process: Process, authenticate: Authenticator) -> FastAPI:
     """Build the application over an open process."""
-    app = FastAPI(
+    app = _App(
+        settings.cors_origins,
         title="OpenInteractions",
         version=__version__,
         openapi_url=None,
@@ -65,6 +70,7 @@ def create_app(settings: Settings, process: Process, authenticate: Authenticator
         tail=process.tail,
         runner=process.executor,
         lost=process.lost,
+        recent=RecentRows(),
         retention=settings.retention,
         max_attempts=settings.worker.max_attempts,
     )
@@ -75,28 +81,48 @@ def create_app(settings: Settings, process: Process, authenticate: Authenticator
             app.include_router(router, prefix=f"/{version}", include_in_schema=shown)
     app.include_router(webhooks.router)
     app.include_router(_operations())
-    app.add_middleware(
-        CORSMiddleware,
-        allow_origins=settings.cors_origins,
-        allow_methods=["*"],
-        allow_headers=["*"],
-        expose_headers=_EXPOSED,
-    )
-    app.add_middleware(_Envelope)
     app.openapi = lambda: _openapi(app)
     return app
+
+
+class _App(FastAPI):
+    """FastAPI under our own stack: what stands around the router by default has its twin here.
+
+    Bodies are bounded by `api.body`, crashes answered and traced by `_Envelope`; each layer less is
+    one less on the way of every event of a stream.
+    """
+
+    def __init__(self, origins: Sequence[str], **options: Any) -> None:  # noqa: ANN401 - FastAPI's
+        super().__init__(**options)
+        self._origins = origins
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """Envelope, CORS for browsers, error rendering, router."""
+        handlers: dict[Any, Any] = dict(self.exception_handlers)
+        routed = ExceptionMiddleware(AsyncExitStackMiddleware(self.router), handlers=handlers)
+        cors = CORSMiddleware(
+            routed,
+            allow_origins=self._origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=_EXPOSED,
+        )
+        return _Envelope(routed, cors)
 
 
 class _Envelope:
     """Around every request: an id, a log line without user text, and a plain 500 for a bug."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, for_browsers: ASGIApp) -> None:
         self._app = app
+        self._for_browsers = for_browsers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        headers = dict(scope["headers"])
+        app = self._for_browsers if b"origin" in headers else self._app
         request_id = ids.uuid7().hex
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=request_id)
@@ -116,10 +142,10 @@ class _Envelope:
             with tracing.span(
                 f"{scope['method']} request",
                 kind=SpanKind.SERVER,
-                parent=_parent(scope),
+                parent=_parent(headers),
                 attributes={"http.request.method": scope["method"], "oi.request_id": request_id},
             ):
-                await self._app(scope, receive, tagged)
+                await app(scope, receive, tagged)
         except Exception as error:  # noqa: BLE001 - the request boundary
             request = Request(scope)
             answer = errors.crash(request, error)
@@ -144,12 +170,10 @@ class _Envelope:
             )
 
 
-def _parent(scope: Scope) -> dict[str, str]:
+def _parent(headers: Mapping[bytes, bytes]) -> dict[str, str]:
     """The caller's own trace, where it sends one."""
-    for name, value in scope["headers"]:
-        if name == b"traceparent":
-            return {"traceparent": value.decode("latin-1")}
-    return {}
+    trace = headers.get(b"traceparent")
+    return {} if trace is None else {"traceparent": trace.decode("latin-1")}
 
 
 def _later() -> APIRouter:

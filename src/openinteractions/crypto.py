@@ -1,8 +1,10 @@
 """Secrets at rest, and signatures: the one place that touches cryptographic primitives."""
 
 import base64
+import contextlib
 import hashlib
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +64,16 @@ def master_key(configured: str | None, home: Path) -> bytes:
         return _decoded(configured, "OI_MASTER_KEY")
     path = home / _FILE
     home.mkdir(parents=True, exist_ok=True)
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return _decoded(path.read_text("ascii").strip(), str(path))
-    key = os.urandom(_KEY_BYTES)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(base64.b64encode(key).decode() + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    return key
+    # Written aside and then linked: of several processes that start at once one makes the key, and
+    # none reads half of it.
+    if not path.exists():
+        with tempfile.NamedTemporaryFile(dir=home, prefix=_FILE) as file:
+            file.write(base64.b64encode(os.urandom(_KEY_BYTES)) + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+            with contextlib.suppress(FileExistsError):
+                os.link(file.name, path)
+    return _decoded(path.read_text("ascii").strip(), str(path))
 
 
 def _decoded(text: str, source: str) -> bytes:

@@ -134,7 +134,8 @@ class Database:
                 async with self.engine.begin() as connection:
                     yield connection
         except DBAPIError as error:
-            if error.connection_invalidated:
+            # The second is a connection that was never made, as while PostgreSQL starts.
+            if error.connection_invalidated or isinstance(_driver_error(error), LOST):
                 raise ConnectionResetError("the database connection was lost") from error
             raise
 
@@ -160,6 +161,10 @@ class Database:
         while self._kept:
             self._kept.pop().close()
         await self.engine.dispose()
+
+
+def _driver_error(error: DBAPIError) -> BaseException | None:
+    return None if error.orig is None else error.orig.__cause__
 
 
 def _mark_lost(context: Any) -> None:  # noqa: ANN401 - SQLAlchemy's ExceptionContext

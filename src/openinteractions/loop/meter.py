@@ -1,7 +1,6 @@
 """Measures one upstream call: how long, how soon, how many tokens, how it ended."""
 
 import time
-from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
 
@@ -27,21 +26,18 @@ class Meter:
         self._began = time.perf_counter()
         self._has_begun = False
         self._outcome = "broken"
-        self._stack = ExitStack()
+        self._scope = tracing.span(
+            f"chat {target.model}",
+            kind=SpanKind.CLIENT,
+            attributes={
+                "gen_ai.operation.name": "chat",
+                "gen_ai.provider.name": target.provider,
+                "gen_ai.request.model": target.model,
+            },
+        )
 
     async def __aenter__(self) -> Self:
-        target = self._target
-        self._span = self._stack.enter_context(
-            tracing.span(
-                f"chat {target.model}",
-                kind=SpanKind.CLIENT,
-                attributes={
-                    "gen_ai.operation.name": "chat",
-                    "gen_ai.provider.name": target.provider,
-                    "gen_ai.request.model": target.model,
-                },
-            )
-        )
+        self._span = self._scope.__enter__()
         return self
 
     async def __aexit__(
@@ -53,7 +49,7 @@ class Meter:
         provider = self._target.provider
         metrics.child(metrics.model_calls, provider, self._outcome).inc()
         metrics.child(metrics.model_seconds, provider).observe(self._elapsed())
-        self._stack.__exit__(kind, error, traceback)
+        self._scope.__exit__(kind, error, traceback)
 
     def event(self, event: object) -> None:
         """Something came: the first tells how long the upstream thought, the last how much."""
@@ -61,7 +57,7 @@ class Meter:
         if not self._has_begun:
             self._has_begun = True
             metrics.child(metrics.model_first_seconds, provider).observe(self._elapsed())
-        if not isinstance(event, Finished):
+        if type(event) is not Finished:
             return
         self._outcome = "finished"
         for kind, key in _KINDS.items():

@@ -22,6 +22,7 @@ from openinteractions.resources.files import media
 from openinteractions.resources.files import store as files
 from openinteractions.resources.interactions import render, store
 from openinteractions.resources.interactions.lost import LostResponses
+from openinteractions.resources.interactions.recent import RecentRows
 from openinteractions.resources.interactions.runner import (
     Ended,
     Lease,
@@ -63,6 +64,7 @@ class Service:
     tail: Tail
     runner: Runner
     lost: LostResponses
+    recent: RecentRows
     retention: timedelta
     max_attempts: int
     """Deaths of its workers without progress after which a run is failed."""
@@ -173,11 +175,13 @@ async def create_stored(service: Service, caller: Caller, asked: Asked) -> Start
     prepared = await service.runner.prepare(caller.project_id, request, asked.base_url)
     # At the end of its line is where most turns go; who finds that place taken opens a new line.
     for branch in (False, True, True):
-        parent = await _parent(service, caller, request)
+        parent = await _parent(service, caller, request, remembered=not branch)
         place = _place(parent, branch=branch)
         started = await _try_create(service, caller, asked, prepared, parent, place)
         if started is not None:
             return started
+        if parent is not None:
+            service.recent.forget(caller.project_id, parent.row.id)
     raise Unready("Too many interactions continue the same one at once.", retry_after_s=1)
 
 
@@ -189,6 +193,7 @@ async def result(service: Service, caller: Caller, started: Started) -> bytes:
     ended = None if started.ended is None else await started.ended
     if ended is not None:
         row = _finished(started.row, ended)
+        service.recent.keep(row)
         return render.interaction(row, await inline(service, row.project_id, ended.steps))
     return await later_result(service, caller, started.row)
 
@@ -281,6 +286,7 @@ async def delete(service: Service, caller: Caller, interaction_id: str) -> None:
         await service.runner.cancel(caller.project_id, row.id)
     if not await store.delete(service.database, caller.project_id, row.id):
         raise NotFound(f"Interaction '{interaction_id[:80]}' not found.")
+    service.recent.forget(caller.project_id, row.id)
     service.hub.wake(row.id)
     _log.info("interaction.deleted", interaction_id=row.id.hex)
 
@@ -288,11 +294,19 @@ async def delete(service: Service, caller: Caller, interaction_id: str) -> None:
 # ---- continuing a conversation
 
 
-async def _parent(service: Service, caller: Caller, request: CreateInteraction) -> Parent | None:
-    """The interaction to continue, if there is one, in a state that can be continued."""
+async def _parent(
+    service: Service, caller: Caller, request: CreateInteraction, *, remembered: bool = False
+) -> Parent | None:
+    """The interaction to continue, if there is one, in a state that can be continued.
+
+    `remembered` allows a row from memory; the create statement then makes sure of it.
+    """
     if request.previous_interaction_id is None:
         return None
-    row = await get(service, caller, request.previous_interaction_id)
+    key = ids.parse_interaction_id(request.previous_interaction_id) if remembered else None
+    row = None if key is None else service.recent.find(caller.project_id, key)
+    if row is None:
+        row = await get(service, caller, request.previous_interaction_id)
     if row.is_running:
         raise Invalid(
             f"Interaction '{request.previous_interaction_id}' is still {row.status}: "

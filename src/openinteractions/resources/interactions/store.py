@@ -252,6 +252,14 @@ async def record_lost(database: Database, row: Interaction, request_hash: bytes)
         await connection.execute("select pg_notify($1, '')", LOST_CHANNEL)
 
 
+async def any_lost(database: Database) -> bool:
+    """Whether any project lost an answer within the last minute."""
+    async with database.hot() as connection:
+        return await connection.fetchval(
+            "select exists (select from lost_responses where at > now() - interval '1 minute')"
+        )
+
+
 async def take_lost(
     database: Database, project_id: UUID, request_hash: bytes, *, within: timedelta
 ) -> Interaction | None:
