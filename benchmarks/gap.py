@@ -14,7 +14,6 @@ import os
 import secrets
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -30,7 +29,7 @@ import uvloop
 from benchmarks import gap_upstream as upstream
 from benchmarks import system
 from benchmarks.gap_upstream import STEPS, Record, answer, prompt
-from benchmarks.run import _free_port, _load, _show_logs, _until_ready
+from benchmarks.run import _folder, _free_port, _load, _show_logs, _until_ready
 from openinteractions import telemetry
 from openinteractions.db import migrate
 from openinteractions.db.embedded import EmbeddedPostgres
@@ -283,9 +282,7 @@ async def _main(runs: int, concurrency: int) -> int:
         f"{runs} runs of {STEPS} steps, {100 * upstream.FAULTS:.0f} % of the steps fail, "
         f"{concurrency} at once; machine: {os.cpu_count()} cores, load {_load()}"
     )
-    folder = Path(tempfile.mkdtemp(prefix="oi-gap-", dir="/tmp"))
-    # PostgreSQL runs as another account where we are root, and has to get in.
-    folder.chmod(0o711)
+    folder = _folder()
     try:
         naive, plain = await measure_naive(runs, concurrency)
         _line("naive chain     ", naive, runs, f"faults {sum(plain.faults.values())}")

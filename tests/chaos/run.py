@@ -102,7 +102,7 @@ async def _settled(it: Stage, world: World) -> dict[str, Any]:
     rng = random.Random(0)
     deadline = time.monotonic() + 30
     running = "select id from interactions where status in ('in_progress', 'queued')"
-    while await verify.rows(it, running) and time.monotonic() < deadline:
+    while await verify.rows(it, running) and time.monotonic() < deadline:  # noqa: ASYNC110 - other processes
         await asyncio.sleep(0.2)
     shown: dict[str, Any] = {}
     async with world.session() as http:

@@ -150,6 +150,11 @@ class Stage:
             ]
         return found
 
+    def copy_logs(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for slot in self.slots:
+            (folder / slot.log.name).write_bytes(slot.log.read_bytes())
+
     def count(self, event: str) -> int:
         """How often any process has logged an event."""
         return sum(slot.log.read_text(errors="replace").count(event) for slot in self.slots)
@@ -172,9 +177,7 @@ async def opened(upstream_url: str, *, keep_logs: Path | None = None) -> AsyncGe
                     yield stage
                 finally:
                     if keep_logs is not None:
-                        keep_logs.mkdir(parents=True, exist_ok=True)
-                        for slot in stage.slots:
-                            (keep_logs / slot.log.name).write_bytes(slot.log.read_bytes())
+                        stage.copy_logs(keep_logs)
 
 
 @asynccontextmanager

@@ -116,23 +116,27 @@ def _steps(interaction: Any) -> list[str]:
         wrong.append(f"{where}: the last step is {last}")
     if output_text(interaction) != answer(prompt):
         wrong.append(f"{where}: its output_text is {output_text(interaction)!r}")
+    wrong += [f"{where}: {what}" for what in _tries(prompt, tries)]
+    return wrong
+
+
+def _tries(prompt: str, steps: Sequence[Any]) -> list[str]:
+    """Broken tries: what was said, marked as an error, and a note that takes it all back."""
+    wrong: list[str] = []
     discarded = 0
-    for step in tries:
+    for step in steps:
         if is_note(step):
             note = step.get("note") or {}
             if note.get("discards") != discarded or not discarded:
-                wrong.append(f"{where}: a note discards {note.get('discards')}, not {discarded}")
+                wrong.append(f"a note discards {note.get('discards')}, not {discarded}")
             discarded = 0
-        elif step["type"] == "model_output":
-            discarded += 1
-            if not answer(prompt).startswith(text_of(step)):
-                wrong.append(f"{where}: a broken try says {text_of(step)!r}")
-            if not step.get("error") and text_of(step) != answer(prompt):
-                wrong.append(f"{where}: a broken try has no error: {step}")
-        else:
-            wrong.append(f"{where}: an odd step {step}")
+            continue
+        discarded += 1
+        is_broken = step["type"] == "model_output" and bool(step.get("error"))
+        if not is_broken or not answer(prompt).startswith(text_of(step)):
+            wrong.append(f"an odd step before the answer: {step}")
     if discarded:
-        wrong.append(f"{where}: {discarded} steps before the answer have no note")
+        wrong.append(f"{discarded} steps before the answer have no note")
     return wrong
 
 

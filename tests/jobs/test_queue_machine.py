@@ -32,7 +32,7 @@ from openinteractions.runs.store import Ending, Progress, Spend
 _T = TypeVar("_T")
 
 CI = settings(
-    max_examples=40,
+    max_examples=100,
     stateful_step_count=45,
     deadline=None,
     print_blob=True,
