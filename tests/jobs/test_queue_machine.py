@@ -38,7 +38,7 @@ CI = settings(
     print_blob=True,
     suppress_health_check=list(HealthCheck),
 )
-SHARE = Share(of_project=3, of_provider=4)
+SHARE = Share(of_project=3, of_provider=3)
 DEAD_AFTER = timedelta(seconds=1)
 PROJECTS = [UUID(int=n) for n in (1, 2, 3)]
 PROVIDERS = ["a", "b"]

@@ -140,7 +140,10 @@ class Member:
         except Exception:  # noqa: BLE001 - the job boundary
             _log.exception("job.crashed", job_id=job_id.hex)
         finally:
-            self._owned.pop(job_id, None)
+            owned = self._owned.get(job_id)
+            # A later claim of the same job may run here already.
+            if owned is not None and owned.task is asyncio.current_task():
+                del self._owned[job_id]
             metrics.runs_active.set(len(self._owned))
 
     async def _drain(self) -> None:
