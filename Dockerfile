@@ -9,15 +9,13 @@ RUN python -m venv /venv && /venv/bin/pip install --require-hashes -r requiremen
 COPY pyproject.toml README.md LICENSE alembic.ini ./
 COPY src src
 COPY migrations migrations
-# Editable, so that the migrations beside src are found where they are.
-RUN /venv/bin/pip install --no-build-isolation --no-deps -e .
+RUN /venv/bin/pip install --no-build-isolation --no-deps .
 
 FROM python:3.11-slim-bookworm
 # The embedded PostgreSQL and the kernel's checks want an account with a name.
 RUN useradd --uid 10001 --create-home --shell /usr/sbin/nologin openinteractions \
   && install -d -o openinteractions -g openinteractions -m 0700 /data
 COPY --from=build /venv /venv
-COPY --from=build /app /app
 ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 OI_DATA_DIR=/data OI_LOCAL__MODELS_DIR=/data/models
 WORKDIR /app
 USER openinteractions
