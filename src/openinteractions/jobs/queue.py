@@ -23,7 +23,7 @@ CANCEL_CHANNEL = "oi_cancel"
 LOST_CHANNEL = "oi_lost"
 
 # Projects take turns: each one's jobs are numbered on from what it has running, and the lowest
-# numbers go first. What a full provider would refuse is left where it is. Of the suspects (jobs
+# numbers go first. What a full provider would refuse is left where it is. Of the suspects (runs
 # whose workers died twice without progress) a worker has one at a time, so that a job that kills
 # its worker is told apart from its neighbours (ruling R6).
 _CLAIM = """
@@ -43,7 +43,8 @@ with recursive tenant as (
     from tenant t
     left join busy b on b.project_id = t.project_id
    cross join lateral (
-     select j.id, j.rank_at, j.provider, j.attempt >= 2 as is_suspect from jobs j
+     select j.id, j.rank_at, j.provider, j.kind = 'run' and j.attempt >= 2 as is_suspect
+       from jobs j
       where j.project_id = t.project_id and j.state = 0 and j.run_at <= now()
         and j.kind = any($3::text[])
         and not exists (select from busy p where p.project_id is null
@@ -63,7 +64,7 @@ with recursive tenant as (
             from candidate) c
    where not is_suspect
       or (n = 1 and not exists (select from jobs s where s.worker_id = $1 and s.state = 1
-                                   and s.attempt > 2))
+                                   and s.kind = 'run' and s.attempt > 2))
 ), picked as (
   select a.id, a.turn, a.rank_at
     from allowed a
@@ -96,7 +97,8 @@ _GIVE_BACK = """
          last_error = 'the worker died or fell silent',
          attempt = case when j.attempt <= 2 and exists (
                           select from jobs s
-                           where s.worker_id = j.worker_id and s.state = 1 and s.attempt > 2)
+                           where s.worker_id = j.worker_id and s.state = 1 and s.kind = 'run'
+                             and s.attempt > 2)
                         then greatest(j.attempt - 1, 0) else j.attempt end
    where id in (select id from orphans)
   returning id
@@ -309,6 +311,33 @@ async def fail(database: Database, job: Job, *, error: str) -> None:
             job.epoch,
             error[:2000],
         )
+
+
+async def give_up_orphan(database: Database, job_id: UUID, epoch: int) -> None:
+    """Put back a job of this process that no task of it runs.
+
+    The attempt counts: what always crashes here must end some time (ruling R6). Its caller, if it
+    has one, never had an answer: a retry of the request may join.
+    """
+    async with database.hot() as connection:
+        back = await connection.fetchval(
+            """with back as (
+                 update jobs set state = 0, worker_id = null, run_at = now(),
+                        last_error = 'it ended without an outcome'
+                  where id = $1 and epoch = $2 and state = 1 returning id
+               ), lost as (
+                 insert into lost_responses (project_id, request_hash, interaction_id)
+                 select i.project_id, i.request_hash, i.id from interactions i join back using (id)
+                  where not i.background and i.request_hash is not null
+                 on conflict do nothing
+               ) select id from back""",
+            job_id,
+            epoch,
+        )
+        if back is not None:
+            await connection.execute(
+                "select pg_notify($1, ''), pg_notify($2, '')", WAKE_CHANNEL, LOST_CHANNEL
+            )
 
 
 async def retry(database: Database, job: Job, *, error: str, delay: timedelta) -> None:

@@ -199,11 +199,7 @@ class Member:
             self._unclaimed.add(job_id)
             return
         _log.warning("job.unowned", job_id=job_id.hex)
-        job = Job(job_id, job_id, "", {}, epoch, 0, 0, cancel_requested=False)
-        # The attempt counts: what always crashes here must end some time (ruling R6).
-        await queue.retry(
-            self._database, job, error="it ended without an outcome", delay=timedelta(0)
-        )
+        await queue.give_up_orphan(self._database, job_id, epoch)
 
     async def _listen_for_cancels(self) -> None:
         def received(payload: str) -> None:

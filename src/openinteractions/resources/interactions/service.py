@@ -53,6 +53,8 @@ _RANK = {
 }
 """How far a service tier moves a job in its project's line."""
 _POLL_S = 1.0
+_LOOKS = 20
+_LOOK_AGAIN_S = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -400,7 +402,10 @@ async def _try_create(
         request_hash=asked.digest,
         trace=orjson.dumps(tracing.carrier()).decode(),
     )
-    created_at = await store.create(service.database, new)
+    try:
+        created_at = await store.create(service.database, new)
+    except LOST:
+        created_at = await _find_out(service, new)
     if created_at is None:
         return None
     row = _row(new, created_at)
@@ -418,6 +423,22 @@ async def _try_create(
         is_budgeted=caller.is_budgeted,
     )
     return Started(row, service.runner.start(lease), first_events, start)
+
+
+async def _find_out(service: Service, new: NewInteraction) -> datetime:
+    """Whether a create took effect whose answer was lost with the database connection.
+
+    Raises one of `LOST` if it did not, or if nobody can tell yet; nothing was accepted then, or
+    the next heartbeat finds the run without an owner and sees to it.
+    """
+    for _ in range(_LOOKS):
+        await asyncio.sleep(_LOOK_AGAIN_S)
+        with contextlib.suppress(*LOST):
+            row = await store.get(service.database, new.project_id, new.id)
+            if row is not None:
+                return row.created_at
+            break
+    raise ConnectionResetError("the database was lost while an interaction was created")
 
 
 def _place(parent: Parent | None, *, branch: bool) -> Place:
