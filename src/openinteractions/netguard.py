@@ -30,8 +30,14 @@ _TIMEOUT = aiohttp.ClientTimeout(total=60, sock_connect=10, sock_read=20)
 _CALLBACK_TIMEOUT = aiohttp.ClientTimeout(total=15, sock_connect=5)
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _NAT64 = IPv6Network("64:ff9b::/96")
-# What Python 3.11 takes for public: site-local addresses, and those for documentation.
-_NOT_PUBLIC = (IPv6Network("fec0::/10"), IPv6Network("3fff::/20"))
+# What Python 3.11 takes for public: site-local addresses, those for documentation, those for
+# protocols, and two clouds' metadata (192.0.0.192, 168.63.129.16).
+_NOT_PUBLIC = (
+    IPv6Network("fec0::/10"),
+    IPv6Network("3fff::/20"),
+    IPv4Network("192.0.0.0/24"),
+    IPv4Network("168.63.129.16/32"),
+)
 _OK = 200
 
 
@@ -163,7 +169,10 @@ class Fetcher:
                 use_dns_cache=False,
                 limit=100,
             )
-            self._session = aiohttp.ClientSession(connector=connector, trust_env=False)
+            # No cookies: one project's log-in at a site is not another's.
+            self._session = aiohttp.ClientSession(
+                connector=connector, trust_env=False, cookie_jar=aiohttp.DummyCookieJar()
+            )
         return self._session
 
     def _socket(self, address: Any) -> socket.socket:  # noqa: ANN401 - aiohttp's AddrInfoType

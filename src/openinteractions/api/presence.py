@@ -12,7 +12,7 @@ _NOT_BEFORE_S = 0.5
 
 @asynccontextmanager
 async def noticing(request: Request, gone: Callable[[], Awaitable[None]]) -> AsyncGenerator[None]:
-    """Call `gone`, once, if the client disconnects while the context lasts.
+    """Call `gone` if the client disconnects, or the server stops, while the context lasts.
 
     Args:
         request: Whose client. Its body has been read.
@@ -28,6 +28,10 @@ async def noticing(request: Request, gone: Callable[[], Awaitable[None]]) -> Asy
     timer = loop.call_later(_NOT_BEFORE_S, begin)
     try:
         yield
+    except asyncio.CancelledError:
+        # The server stops before the answer is there: the client is left without it as well.
+        await asyncio.shield(gone())
+        raise
     finally:
         timer.cancel()
         if watch is not None:

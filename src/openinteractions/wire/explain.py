@@ -130,6 +130,9 @@ def _at(path: str) -> str:
 
 def _unknown(place: _Place) -> str:
     key = str(place.key)
+    # Looking for a likeness costs more than the key's length: none is longer.
+    if len(key) > _SHOWN_CHARS:
+        return f"Unknown parameter '{shown(key)}'{_at(place.parent)}."
     snake = _CAMEL.sub(r"_\1", key).lower()
     known = list(place.known)
     near = [snake] if snake in known else difflib.get_close_matches(snake, known, n=1, cutoff=0.7)

@@ -6,7 +6,8 @@ import string
 
 from openinteractions.wire.fields import Json, refusal
 
-_MIME = re.compile(r"[a-z]+/[a-z0-9][a-z0-9.+_-]*(\s*;.*)?")
+# It becomes a header of /media: printable ASCII only.
+_MIME = re.compile(r"[a-z]+/[a-z0-9][a-z0-9.+_-]*( *;[ -~]*)?")
 _FAMILIES = {
     "image": ("image/",),
     "audio": ("audio/",),

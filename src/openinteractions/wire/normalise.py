@@ -136,7 +136,7 @@ def check_calls(steps: list[Json], *, chained: bool) -> list[str]:
         Invalid: A call has no result, an id is used twice, or a result has no call.
     """
     pending: dict[str, None] = {}
-    foreign: list[str] = []
+    foreign: dict[str, None] = {}
     for step in steps:
         match step["type"]:
             case "function_call":
@@ -156,10 +156,12 @@ def check_calls(steps: list[Json], *, chained: bool) -> list[str]:
         raise Invalid(
             f"The input ends with an unanswered function_call '{shown(next(iter(pending)))}'."
         )
-    return foreign
+    return list(foreign)
 
 
-def _settle(call_id: str, pending: dict[str, None], foreign: list[str], *, chained: bool) -> None:
+def _settle(
+    call_id: str, pending: dict[str, None], foreign: dict[str, None], *, chained: bool
+) -> None:
     if call_id in pending:
         del pending[call_id]
     elif not chained:
@@ -167,4 +169,4 @@ def _settle(call_id: str, pending: dict[str, None], foreign: list[str], *, chain
     elif call_id in foreign:
         raise Invalid(f"The call_id '{shown(call_id)}' is answered twice.")
     else:
-        foreign.append(call_id)
+        foreign[call_id] = None

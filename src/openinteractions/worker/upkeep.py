@@ -8,10 +8,12 @@
 """
 
 import asyncio
+import contextlib
 import re
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
+import asyncpg
 import structlog
 
 from openinteractions.db.engine import LOST, Database
@@ -40,6 +42,10 @@ begin
   end if;
 end $$
 """
+
+# Whoever waits for the whole log's lock makes every reader and writer wait behind it. They hold it
+# for a moment only, a backup for longer: who cannot get it tries next time.
+_SHORT_WAIT = "set local lock_timeout = '2s'"
 
 _PARTITIONS = """
 select c.relname from pg_inherits i join pg_class c on c.oid = i.inhrelid
@@ -105,6 +111,8 @@ async def for_ever(database: Database, *, every: timedelta, keep_events: timedel
             await once(database, keep_events=keep_events)
         except LOST as error:
             _log.warning("upkeep.failed", error=type(error).__name__)
+        except Exception:  # noqa: BLE001 - what is put off till next time must not end the process
+            _log.exception("upkeep.crashed")
         await asyncio.sleep(every.total_seconds())
 
 
@@ -127,7 +135,10 @@ async def make_partitions(database: Database) -> None:
     """
     for day in range(1, _DAYS_AHEAD + 1):
         async with database.hot() as connection:
-            await connection.execute(_PARTITION.format(day=day))
+            with contextlib.suppress(asyncpg.LockNotAvailableError):
+                async with connection.transaction():
+                    await connection.execute(_SHORT_WAIT)
+                    await connection.execute(_PARTITION.format(day=day))
 
 
 async def drop_events(database: Database, keep: timedelta) -> int:
@@ -152,10 +163,12 @@ async def _drop_partition(database: Database, name: str, first: datetime, last: 
             return False
         while await connection.fetch(_UNLOG, first, last):
             pass
-        # Readers of the log hold its lock for a moment only; who cannot get it tries next time.
-        async with connection.transaction():
-            await connection.execute("set local lock_timeout = '2s'")
-            await connection.execute(f'drop table "{name}"')
+        try:
+            async with connection.transaction():
+                await connection.execute(_SHORT_WAIT)
+                await connection.execute(f'drop table "{name}"')
+        except asyncpg.LockNotAvailableError:
+            return False
     _log.info("upkeep.events_dropped", partition=name)
     return True
 
