@@ -1,5 +1,7 @@
 """The FastAPI application: routers on every version, middleware, error rendering, docs."""
 
+import asyncio
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from openinteractions import __version__, ids, metrics, tracing
 from openinteractions.api import docs, errors
 from openinteractions.api.scope import Authenticator, CallerDep
-from openinteractions.errors import NotFound, Unready
+from openinteractions.errors import Forbidden, NotFound, Unready
 from openinteractions.jobs import overview
 from openinteractions.process import Process
 from openinteractions.resources.files import routes as files
@@ -34,6 +36,9 @@ _OK = 200
 VERSIONS = ("v1beta", "v1", "v1alpha")
 """The one that SDKs use first: routes are tried in order."""
 _EXPOSED = ["x-goog-upload-url", "x-goog-upload-status", "retry-after", "x-request-id"]
+_LOOPBACK = r"(?:localhost|127(?:\.[0-9]{1,3}){3}|\[::1\])(?::[0-9]{1,5})?"
+_LOOPBACK_HOST = re.compile(_LOOPBACK.encode(), re.IGNORECASE)
+_LOOPBACK_ORIGIN = re.compile(b"https?://" + _LOOPBACK.encode(), re.IGNORECASE)
 _STILL_TO_COME = (
     "agents",
     "environments",
@@ -45,10 +50,26 @@ _STILL_TO_COME = (
 )
 
 
-def create_app(settings: Settings, process: Process, authenticate: Authenticator) -> FastAPI:
-    """Build the application over an open process."""
+def create_app(
+    settings: Settings,
+    process: Process,
+    authenticate: Authenticator,
+    *,
+    local_only: bool = False,
+) -> FastAPI:
+    """Build the application over an open process.
+
+    Args:
+        settings: The operator's.
+        process: The open process.
+        authenticate: Knows the keys.
+        local_only: Refuse what a web page from elsewhere makes a browser send, with 403: requests
+            whose `Host` or `Origin` is not a loopback address. Pages of this machine may call
+            the API, whatever `cors_origins` says.
+    """
     app = _App(
         settings.cors_origins,
+        local_only=local_only,
         title="OpenInteractions",
         version=__version__,
         openapi_url=None,
@@ -92,9 +113,16 @@ class _App(FastAPI):
     one less on the way of every event of a stream.
     """
 
-    def __init__(self, origins: Sequence[str], **options: Any) -> None:  # noqa: ANN401 - FastAPI's
+    def __init__(
+        self,
+        origins: Sequence[str],
+        *,
+        local_only: bool,
+        **options: Any,  # noqa: ANN401 - FastAPI's
+    ) -> None:
         super().__init__(**options)
-        self._origins = origins
+        self._origins = () if local_only else origins
+        self._local_only = local_only
 
     def build_middleware_stack(self) -> ASGIApp:
         """Envelope, CORS for browsers, error rendering, router."""
@@ -103,11 +131,38 @@ class _App(FastAPI):
         cors = CORSMiddleware(
             routed,
             allow_origins=self._origins,
+            allow_origin_regex=f"https?://{_LOOPBACK}" if self._local_only else None,
             allow_methods=["*"],
             allow_headers=["*"],
             expose_headers=_EXPOSED,
         )
+        if self._local_only:
+            return _Envelope(_LocalOnly(routed), _LocalOnly(cors))
         return _Envelope(routed, cors)
+
+
+class _LocalOnly:
+    """Lets in what this machine asks of itself.
+
+    Without keys a browser on this machine is the way in for any page that it shows: by a plain
+    cross-site POST, which its `Origin` tells, or by a name of the page's own that resolves to
+    127.0.0.1 (DNS rebinding), which `Host` tells.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        hosts = [value for name, value in scope["headers"] if name == b"host"]
+        origins = [value for name, value in scope["headers"] if name == b"origin"]
+        app = self._app
+        if not hosts or not all(map(_LOOPBACK_HOST.fullmatch, hosts)):
+            message = "Without API keys this server answers only at localhost or a loopback address."
+            app = errors.response(Forbidden(message))
+        elif not all(map(_LOOPBACK_ORIGIN.fullmatch, origins)):
+            message = "Without API keys only web pages of this machine may call this server."
+            app = errors.response(Forbidden(message))
+        await app(scope, receive, send)
 
 
 class _Envelope:
@@ -146,6 +201,12 @@ class _Envelope:
                 attributes={"http.request.method": scope["method"], "oi.request_id": request_id},
             ):
                 await app(scope, receive, tagged)
+        except asyncio.CancelledError:
+            # uvicorn does so when its time to stop is over, and would answer in plain text.
+            if not sent:
+                stopping = Unready("The server is stopping.", retry_after_s=1)
+                await errors.response(stopping)(scope, receive, tagged)
+            raise
         except Exception as error:  # noqa: BLE001 - the request boundary
             request = Request(scope)
             answer = errors.crash(request, error)

@@ -115,7 +115,8 @@ class Fetcher:
 
     def __init__(self, guard: Guard, *, max_bytes: int) -> None:
         self._guard = guard
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
+        """Largest file, and most that one interaction fetches in all."""
         self._session: aiohttp.ClientSession | None = None
 
     async def fetch(self, url: str) -> Fetched:
@@ -204,9 +205,9 @@ class Fetcher:
         data = bytearray()
         async for chunk in response.content.iter_chunked(64 * 1024):
             data += chunk
-            if len(data) > self._max_bytes:
+            if len(data) > self.max_bytes:
                 raise Invalid(
-                    f"Cannot fetch '{_shown(url)}': it is larger than {self._max_bytes} bytes."
+                    f"Cannot fetch '{_shown(url)}': it is larger than {self.max_bytes} bytes."
                 )
         return Fetched(response.content_type, bytes(data), url)
 

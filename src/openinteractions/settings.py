@@ -205,8 +205,6 @@ class LogSettings(_Group):
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["auto", "json", "text"] = "auto"
     """`auto`: text on a terminal, else JSON."""
-    prompts: bool = False
-    """Log the text of prompts and answers. Off: no user text reaches the logs."""
 
 
 class Settings(BaseSettings):

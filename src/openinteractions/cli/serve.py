@@ -53,6 +53,11 @@ class _Server(uvicorn.Server):
 async def serve(settings: Settings, *, auth: bool, worker: bool) -> None:
     """Run the api, and unless told otherwise a worker in the same process, until SIGTERM.
 
+    Without `auth` everybody on this machine is let in, and nobody else: the address must be a
+    loopback one, and requests whose `Origin` or `Host` is not (`localhost`, 127.0.0.0/8, ::1, any
+    port) are answered with 403, so that no web page can use the operator's browser to get in.
+    `cors_origins` does not count then.
+
     Raises:
         SetupError: The set-up is wrong; the message names the fix.
     """
@@ -67,7 +72,7 @@ async def serve(settings: Settings, *, auth: bool, worker: bool) -> None:
             process = await stack.enter_async_context(opened(settings, database, role=role))
             if isinstance(authenticate, keys.Keyring):
                 await stack.enter_async_context(authenticate.watching())
-            app = create_app(settings, process, authenticate)
+            app = create_app(settings, process, authenticate, local_only=not auth)
             server = _Server(
                 uvicorn.Config(
                     app,

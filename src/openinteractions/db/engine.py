@@ -24,6 +24,9 @@ LOST = (
     asyncpg.InsufficientResourcesError,
     # A standby that was asked during a failover.
     asyncpg.ReadOnlySQLTransactionError,
+    # Deadlocks, serialisation failures and locks that were not to be had: the same again may work.
+    asyncpg.TransactionRollbackError,
+    asyncpg.LockNotAvailableError,
     asyncpg.InterfaceError,
     # What asyncpg raises on a connection that broke in the middle of an answer.
     asyncpg.InternalClientError,

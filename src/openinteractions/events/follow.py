@@ -15,6 +15,7 @@ from datetime import datetime
 from typing import TypeAlias
 from uuid import UUID
 
+import asyncpg
 import structlog
 
 from openinteractions.db.engine import LOST, Database
@@ -172,7 +173,9 @@ async def listen(
     while True:
         try:
             connection = await database.dedicated()
-        except LOST:
+        except (*LOST, asyncpg.PostgresError) as error:
+            # Also a password that was changed, or a database that is being restored.
+            _log.warning("events.listener_refused", channel=channel, error=type(error).__name__)
             await asyncio.sleep(_SAFETY_POLL_S)
             continue
         closed = asyncio.Event()

@@ -118,14 +118,16 @@ async def workers(database: Database) -> list[Worker]:
 
 async def measure(database: Database) -> None:
     """Set the metrics that only the database knows."""
+    queued, alive = await counts(database), await workers(database)
+    # From here on nothing is awaited: two scrapes at once do not mix.
     metrics.queue_jobs.clear()
     metrics.queue_oldest_seconds.clear()
     metrics.workers_alive.clear()
-    for count in await counts(database):
+    for count in queued:
         metrics.queue_jobs.labels(count.kind, count.state).set(count.jobs)
         if count.state == "queued":
             metrics.queue_oldest_seconds.labels(count.kind).set(count.oldest_s)
-    for worker in await workers(database):
+    for worker in alive:
         if worker.silent_s <= _ALIVE_S:
             metrics.workers_alive.labels(worker.role).inc()
 

@@ -185,12 +185,23 @@ async def leave(database: Database, worker_id: int) -> None:
     """Take this process off the list; what it still owns goes to others at once."""
     async with database.hot() as connection:
         await connection.execute(
-            """with gone as (delete from workers where id = $1 returning id)
-               update jobs set state = 0, worker_id = null, attempt = greatest(attempt - 1, 0)
-                where worker_id = $1 and state = 1""",
+            """with gone as (
+                 delete from workers where id = $1 returning id
+               ), mine as (
+                 select id from jobs where worker_id = $1 and state = 1 order by id for update
+               ), back as (
+                 update jobs set state = 0, worker_id = null, attempt = greatest(attempt - 1, 0)
+                  where id in (select id from mine) returning id
+               )
+               insert into lost_responses (project_id, request_hash, interaction_id)
+               select i.project_id, i.request_hash, i.id from interactions i join back using (id)
+                where not i.background and i.request_hash is not null
+               on conflict do nothing""",
             worker_id,
         )
-        await connection.execute("select pg_notify($1, '')", WAKE_CHANNEL)
+        await connection.execute(
+            "select pg_notify($1, ''), pg_notify($2, '')", WAKE_CHANNEL, LOST_CHANNEL
+        )
 
 
 async def wake(database: Database) -> None:

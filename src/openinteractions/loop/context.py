@@ -97,9 +97,3 @@ def for_model(steps: Sequence[Json], *, provider: str, model: str) -> list[Json]
         rest = {key: value for key, value in step.items() if key != "signature"}
         result.append(rest if signature is None else {**rest, "signature": signature})
     return result
-
-
-def answers_missing(steps: Sequence[Json]) -> list[Json]:
-    """The function calls that no result follows: what the caller has to answer."""
-    answered = {step.get("call_id") for step in steps if step["type"] == "function_result"}
-    return [s for s in steps if s["type"] == "function_call" and s["id"] not in answered]

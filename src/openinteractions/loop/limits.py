@@ -58,7 +58,7 @@ def room_for_output(
     """
     rooms: list[int] = []
     if limits.max_total_tokens is not None:
-        used = spent_tokens(state.usage)
+        used = spent_tokens(state.usage) + state.unmetered_tokens
         rooms.append(limits.max_total_tokens - used - input_tokens)
         _require(rooms[-1], f"max_total_tokens = {limits.max_total_tokens} ({used} used)")
     if limits.max_cost_nanousd is not None:

@@ -24,7 +24,8 @@ class Meter:
     def __init__(self, target: Target) -> None:
         self._target = target
         self._began = time.perf_counter()
-        self._has_begun = False
+        self.has_begun = False
+        """Whether the upstream has said anything."""
         self._outcome = "broken"
         self._scope = tracing.span(
             f"chat {target.model}",
@@ -54,8 +55,8 @@ class Meter:
     def event(self, event: object) -> None:
         """Something came: the first tells how long the upstream thought, the last how much."""
         provider = self._target.provider
-        if not self._has_begun:
-            self._has_begun = True
+        if not self.has_begun:
+            self.has_begun = True
             metrics.child(metrics.model_first_seconds, provider).observe(self._elapsed())
         if type(event) is not Finished:
             return

@@ -181,7 +181,10 @@ class Run:
                 raise ModelUnavailable("The upstream's answer ended early.")
             usage = turn.finished.usage
         finally:
-            await self._account(target, usage)
+            is_metered = bool(usage) or not meter.has_begun
+            await self._account(
+                target, usage if is_metered else _about(call, turn), is_metered=is_metered
+            )
         self._turn = None
 
     async def _delivered(self, event: Media) -> Media:
@@ -226,9 +229,13 @@ class Run:
             or limits.max_cost_nanousd is not None
         )
 
-    async def _account(self, target: Target, usage: Json) -> None:
+    async def _account(self, target: Target, usage: Json, *, is_metered: bool) -> None:
         cost = cost_nanousd(usage, target.price) if usage else 0
-        self.state.usage = add_usage(self.state.usage, usage)
+        if is_metered:
+            self.state.usage = add_usage(self.state.usage, usage)
+        else:
+            # It was billed all the same: it counts against limits, and is never shown as usage.
+            self.state.unmetered_tokens += spent_tokens(usage)
         if cost is None or self.state.cost_nanousd is None:
             self.state.cost_nanousd = None
         else:
@@ -371,6 +378,17 @@ def _problem(call: ToolCall, functions: Mapping[str, Json]) -> str | None:
     if call.malformed is not None:
         return f"the arguments are not a JSON object: {call.malformed[:_MALFORMED_CHARS]}"
     return arguments_mismatch(call.arguments, functions.get(call.name))
+
+
+def _about(call: ModelCall, turn: Turn) -> Json:
+    """About what a call took that broke off before it said so."""
+    given = estimate_tokens(call.messages, call.system)
+    written = len(turn.text()) // 4 + 1
+    return {
+        "total_input_tokens": given,
+        "total_output_tokens": written,
+        "total_tokens": given + written,
+    }
 
 
 def call_for(

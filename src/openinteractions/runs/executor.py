@@ -72,7 +72,11 @@ class Executor:
             events_written=lease.events_written,
         )
         future: asyncio.Future[Ended | None] = asyncio.get_running_loop().create_future()
-        self._house.member.own(lease.interaction.id, lease.epoch, self._drive_for(future, run))
+        task = self._house.member.own(
+            lease.interaction.id, lease.epoch, self._drive_for(future, run)
+        )
+        # Also where the task was cancelled before it began.
+        task.add_done_callback(lambda _: future.done() or future.set_result(None))
         return future
 
     def start_in_memory(self, unstored: Unstored) -> MemoryRun:
@@ -106,6 +110,10 @@ class Executor:
 
     async def run_job(self, job: Job) -> None:
         """Take over a run whose owner was lost, and see it to its end."""
+        if job.attempt > job.max_attempts + 1:
+            # Not even its end could be written: its rows are more than this version understands.
+            await stored.give_up(self._house, job.id, job.epoch)
+            return
         run = await self._load(job.id, job.epoch)
         if run is None:
             await queue.drop(self._house.database, job)

@@ -14,14 +14,18 @@ from uuid import UUID
 import orjson
 
 from openinteractions.db.engine import Database
+from openinteractions.errors import Invalid
 from openinteractions.loop.context import for_model
 from openinteractions.models.catalog import Target
 from openinteractions.models.port import Json
-from openinteractions.netguard import Fetcher
+from openinteractions.netguard import Fetched, Fetcher
 from openinteractions.resources.files import media
 from openinteractions.resources.files import store as files
 from openinteractions.runs import store
 from openinteractions.runs.store import Line
+
+_MOST_FETCHES = 32
+"""Different URIs that one interaction may make the server fetch."""
 
 
 @dataclass(slots=True)
@@ -34,6 +38,8 @@ class _Compiled:
     depth: int = -1
     """The last turn that is in it."""
     size: int = 0
+    charged: int = 0
+    """How much of its size the cache has counted."""
     waiting: tuple[int, bytes] | None = None
     """The turn after it, which has ended but is not compiled before it is needed."""
 
@@ -71,11 +77,13 @@ class Cache:
         return line
 
     def keep(self, segment_id: UUID, target: str, line: _Compiled) -> None:
-        """Keep a line that was just compiled or extended."""
+        """Keep a line that was just compiled."""
         old = self._lines.pop((segment_id, target), None)
-        self._size += line.size - (old.size if old is not None and old is not line else 0)
+        if old is not None:
+            self._size -= old.charged
+        line.charged = 0
         self._lines[segment_id, target] = line
-        self._shrink()
+        self.grew(segment_id, target, line)
 
     def remember(self, segment_id: UUID, depth: int, steps: Sequence[Json], target: str) -> None:
         """Keep an interaction that has just ended, so that the next turn need not read it."""
@@ -89,17 +97,17 @@ class Cache:
             data = orjson.dumps(steps)
             known.waiting = (depth, data)
             known.size += len(data)
-            self.grew(len(data))
+            self.grew(segment_id, target, known)
 
-    def grew(self, by: int) -> None:
-        """A kept line was extended in place."""
-        self._size += by
-        self._shrink()
-
-    def _shrink(self) -> None:
+    def grew(self, segment_id: UUID, target: str, line: _Compiled) -> None:
+        """A line was extended in place; one that was dropped meanwhile is not counted."""
+        if self._lines.get((segment_id, target)) is not line:
+            return
+        self._size += line.size - line.charged
+        line.charged = line.size
         while self._size > self._max_bytes and self._lines:
             _, dropped = self._lines.popitem(last=False)
-            self._size -= dropped.size
+            self._size -= dropped.charged
 
 
 class Inliner:
@@ -109,6 +117,7 @@ class Inliner:
         self._database = database
         self._fetcher = fetcher
         self._project_id = project_id
+        self._fetched: dict[str, Fetched] = {}
 
     async def __call__(self, steps: Sequence[Json], target: Target) -> list[Json]:
         """The steps with all media that the target does not fetch itself as `data`.
@@ -132,7 +141,15 @@ class Inliner:
             return
         if target.adapter.takes_uri(str(block.get("type")), uri):
             return
-        fetched = await self._fetcher.fetch(uri)
+        fetched = self._fetched.get(uri)
+        if fetched is None:
+            if len(self._fetched) >= _MOST_FETCHES:
+                raise Invalid(f"More than {_MOST_FETCHES} different URIs would have to be fetched.")
+            fetched = await self._fetcher.fetch(uri)
+            self._fetched[uri] = fetched
+            if sum(len(item.data) for item in self._fetched.values()) > self._fetcher.max_bytes:
+                most = self._fetcher.max_bytes
+                raise Invalid(f"The files at the URIs are larger than {most} bytes together.")
         block.pop("uri")
         block["data"] = fetched.base64()
         block.setdefault("mime_type", fetched.mime_type)
@@ -164,13 +181,12 @@ class LineHistory:
             return (await self._compile_all(line, target, _Compiled(), start=0)).messages
         known = self._cache.find(line.segment_id, target.id)
         if known is not None and known.waiting is not None:
-            await self._take_in(known, target)
+            await self._take_in(line.segment_id, known, target)
         if known is not None and line.depth in known.ends:
             return known.messages[: known.ends[line.depth]]
         if known is not None and known.depth < line.depth:
-            before = known.size
             await self._compile_all(line, target, known, start=known.depth + 1)
-            self._cache.grew(known.size - before)
+            self._cache.grew(line.segment_id, target.id, known)
             # Another reader of the line may have taken it further meanwhile.
             return known.messages[: known.ends[line.depth]]
         compiled = await self._compile_all(line, target, _Compiled(), start=0)
@@ -184,16 +200,20 @@ class LineHistory:
             return ready.messages
         return await self._compile(steps, target)
 
-    async def _take_in(self, known: _Compiled, target: Target) -> None:
+    async def _take_in(self, segment_id: UUID, known: _Compiled, target: Target) -> None:
         """Compile the turn that ended last, now that one follows it."""
-        assert known.waiting is not None
-        depth, steps = known.waiting
+        waiting = known.waiting
+        assert waiting is not None
+        depth, steps = waiting
         messages = await self._compile(orjson.loads(steps), target)
+        if known.waiting is not waiting:
+            # Another reader has taken it in meanwhile.
+            return
         known.waiting = None
+        known.size -= len(steps)
         if known.depth == depth - 1:
-            before = known.size
             known.extend(depth, messages)
-            self._cache.grew(known.size - before)
+        self._cache.grew(segment_id, target.id, known)
 
     async def _compile_all(
         self, line: Line, target: Target, into: _Compiled, *, start: int

@@ -11,7 +11,7 @@ from openinteractions import clock, ids, metrics, tracing
 from openinteractions.db.engine import LOST
 from openinteractions.errors import EngineError, LeaseLost
 from openinteractions.events.log import Stream
-from openinteractions.events.types import ENDED, Event, Position
+from openinteractions.events.types import ENDED, Event, Position, first_seq, join
 from openinteractions.jobs import queue
 from openinteractions.loop.context import cut_mark, resumption_note
 from openinteractions.loop.run import Outcome, Run
@@ -21,12 +21,13 @@ from openinteractions.models.port import Json
 from openinteractions.resources.interactions.runner import Ended
 from openinteractions.resources.interactions.store import Interaction
 from openinteractions.resources.webhooks.service import EVENTS
+from openinteractions.runs import store
 from openinteractions.runs.history import Ready
 from openinteractions.runs.house import House
 from openinteractions.runs.journal import DatabaseJournal
 from openinteractions.runs.prepare import Plan
 from openinteractions.runs.purse import DayPurse
-from openinteractions.runs.store import Ending, Line, Spend
+from openinteractions.runs.store import Ending, Line, Progress, Spend
 from openinteractions.wire.events import (
     completed,
     encode,
@@ -89,6 +90,34 @@ async def drive(house: House, stored: StoredRun) -> Ended:
         ended = await _drive(house, stored)
         span.set_attribute("oi.status", ended.status)
         return ended
+
+
+async def give_up(house: House, interaction_id: UUID, epoch: int) -> None:
+    """End a run as failed without looking at what it has done (ruling R6)."""
+    message = "The run could not be taken up again."
+    failure = [{"code": "worker_lost", "message": message}]
+    event = Event("e", ENDED, encode(error("worker_lost", message)))
+    progress = Progress(
+        interaction_id=interaction_id,
+        epoch=epoch,
+        run_state=b"{}",
+        steps=(),
+        seq=first_seq(epoch) + 1,
+        events=join([event]),
+    )
+    paid = Spend(
+        key_id=None, model="", input_tokens=0, cached_tokens=0, output_tokens=0, cost_nanousd=None
+    )
+    ending = Ending(
+        status="failed",
+        usage=orjson.dumps(EMPTY_USAGE),
+        errors=orjson.dumps(failure),
+        warnings=None,
+        spend=paid,
+    )
+    await store.finish(house.database, progress, ending)
+    house.hub.announce([interaction_id])
+    _log.error("run.given_up", interaction_id=interaction_id.hex)
 
 
 async def _drive(house: House, stored: StoredRun) -> Ended:

@@ -28,6 +28,7 @@ from openinteractions.wire.options import (
 from openinteractions.wire.steps import Input
 from openinteractions.wire.tools import Tool
 
+MAX_CONTAINERS = 300_000
 MAX_DEPTH = 200
 """orjson writes 254 levels; a request is stored and shown inside other objects."""
 
@@ -181,6 +182,10 @@ def parse_create(raw: bytes | Json, *, max_depth: int) -> CreateInteraction:
 def _read(raw: bytes | Json, *, max_depth: int) -> Json:
     try:
         text = raw if isinstance(raw, bytes) else orjson.dumps(raw)
+        containers = text.count(b"{") + text.count(b"[")
+        if containers > MAX_CONTAINERS:
+            # Building them takes far longer than their few bytes suggest.
+            raise Invalid(f"The request body has more than {MAX_CONTAINERS} objects and arrays.")
         value: object = orjson.loads(text)
     except (orjson.JSONDecodeError, orjson.JSONEncodeError) as error:
         raise Invalid(f"The request body is not valid JSON: {error}.") from None
@@ -188,7 +193,7 @@ def _read(raw: bytes | Json, *, max_depth: int) -> Json:
         raise Invalid("The request body must be a JSON object.")
     body = cast("Json", value)
     # No body is nested deeper than it has opening brackets, and counting them is cheap.
-    if text.count(b"{") + text.count(b"[") > max_depth:
+    if containers > max_depth:
         _check_depth(body, max_depth)
     if b"null" in text:
         drop_nulls(CREATE, body)

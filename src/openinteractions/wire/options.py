@@ -240,11 +240,14 @@ class SafetySetting(TypedDict, total=False):
     method: Annotated[Literal["severity", "probability"], LOWER]
 
 
+CallbackUri = Annotated[str, Field(pattern=r"^https?://[^\s/]", max_length=2048)]
+
+
 @with_config(REQUEST)
 class WebhookConfig(TypedDict, total=False):
     """Where to send the events of a background interaction."""
 
-    uris: list[Name]
+    uris: Annotated[list[CallbackUri], Field(max_length=10)]
     """Used in place of the registered webhooks."""
     user_metadata: dict[str, Any]
     """Comes back in each event."""

@@ -90,6 +90,18 @@ _LEFTOVERS = (
     "delete from jobs where state = 3 and run_at < now() - interval '7 days'",
 )
 
+# Uses by turns that were never written, and blobs that nothing uses.
+_ORPHANED_USES = """
+delete from blob_uses u
+ using blobs b
+ where b.project_id = u.project_id and b.sha256 = u.sha256
+   and b.created_at < now() - $1::interval
+   and not exists (select from interactions i
+                    where i.segment_id = u.segment_id and i.depth = u.depth)
+   and not exists (select from steps s
+                    where s.segment_id = u.segment_id and s.depth = u.depth)
+"""
+
 _ORPHANED_BLOBS = """
 delete from blobs b
  where b.created_at < now() - $1::interval
@@ -124,6 +136,7 @@ async def once(database: Database, *, keep_events: timedelta) -> None:
     async with database.hot() as connection:
         for statement in _LEFTOVERS:
             await connection.execute(statement)
+        await connection.execute(_ORPHANED_USES, _BLOB_GRACE)
         await connection.execute(_ORPHANED_BLOBS, _BLOB_GRACE)
 
 

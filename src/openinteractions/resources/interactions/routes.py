@@ -72,7 +72,7 @@ async def create_interaction(request: Request) -> Response:
         base_url=base_url,
     )
     if not parsed.store:
-        return await _create_unstored(here, caller, asked)
+        return await _create_unstored(request, here, caller, asked)
     try:
         earlier = await service.find_earlier(here, caller, asked)
         if earlier is None:
@@ -122,13 +122,17 @@ router.add_api_route(
 )
 
 
-async def _create_unstored(here: Service, caller: Caller, asked: Asked) -> Response:
+async def _create_unstored(
+    request: Request, here: Service, caller: Caller, asked: Asked
+) -> Response:
     parsed = asked.request
     run = await service.create_unstored(here, caller, parsed, asked.base_url)
     if parsed.stream:
         return _events(stream.unstored(run))
     try:
-        return _json(render.unstored(parsed, await run.ended()))
+        # It ends with its caller (ruling R16).
+        async with presence.noticing(request, run.stop):
+            return _json(render.unstored(parsed, await run.ended()))
     finally:
         await run.stop()
 

@@ -160,7 +160,7 @@ async def find_earlier(service: Service, caller: Caller, asked: Asked) -> Intera
         if not service.lost.is_any:
             return None
         return await store.take_lost(
-            service.database, caller.project_id, asked.digest, within=_LOST_WITHIN
+            service.database, caller.project_id, caller.key_id, asked.digest, within=_LOST_WITHIN
         )
     found = await store.find_idempotent(service.database, caller.project_id, key)
     if found is None:

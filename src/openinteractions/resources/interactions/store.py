@@ -261,16 +261,24 @@ async def any_lost(database: Database) -> bool:
 
 
 async def take_lost(
-    database: Database, project_id: UUID, request_hash: bytes, *, within: timedelta
+    database: Database,
+    project_id: UUID,
+    key_id: UUID | None,
+    request_hash: bytes,
+    *,
+    within: timedelta,
 ) -> Interaction | None:
-    """The interaction whose answer to this very request was lost; it is given out once."""
+    """The interaction whose answer to this very request, with this key, was lost; used once."""
     async with database.hot() as connection:
         row = await connection.fetchrow(
             f"""with taken as (
                   delete from lost_responses where ctid = (
-                    select ctid from lost_responses
-                     where project_id = $1 and request_hash = $2 and at > now() - $3::interval
-                     order by at desc limit 1 for update skip locked)
+                    select l.ctid from lost_responses l
+                      join interactions i on i.id = l.interaction_id
+                     where l.project_id = $1 and l.request_hash = $2
+                       and l.at > now() - $3::interval
+                       and i.key_id is not distinct from $4
+                     order by l.at desc limit 1 for update of l skip locked)
                   returning interaction_id)
                 select {_COLUMNS} from interactions
                  where id = (select interaction_id from taken) and deleted_at is null
@@ -278,6 +286,7 @@ async def take_lost(
             project_id,
             request_hash,
             within,
+            key_id,
         )
     return None if row is None else Interaction(*row)
 
