@@ -157,7 +157,7 @@ class _LocalOnly:
         origins = [value for name, value in scope["headers"] if name == b"origin"]
         app = self._app
         if not hosts or not all(map(_LOOPBACK_HOST.fullmatch, hosts)):
-            message = "Without API keys this server answers only at localhost or a loopback address."
+            message = "Without API keys this server answers only at a loopback address."
             app = errors.response(Forbidden(message))
         elif not all(map(_LOOPBACK_ORIGIN.fullmatch, origins)):
             message = "Without API keys only web pages of this machine may call this server."
@@ -213,22 +213,25 @@ class _Envelope:
             if not sent:
                 await answer(scope, receive, tagged)
         finally:
-            seconds = time.perf_counter() - began
-            # Unknown paths are one route, whatever they are: labels stay few.
-            route = getattr(scope.get("route"), "path", None)
-            metrics.child(metrics.request_seconds, route or "?").observe(seconds)
-            # An interaction that ends is logged with the same ids: its request only where asked.
-            status = sent[0] if sent else 0
-            metrics.child(metrics.requests, scope["method"], route or "?", str(status)).inc()
-            is_create = scope["method"] == "POST" and route == "/interactions"
-            log = _log.debug if is_create and status == _OK else _log.info
-            log(
-                "request",
-                method=scope["method"],
-                path=route or scope["path"][:120],
-                status=status,
-                ms=round(seconds * 1000, 1),
-            )
+            _record(scope, sent[0] if sent else 0, time.perf_counter() - began)
+
+
+def _record(scope: Scope, status: int, seconds: float) -> None:
+    """Measure and log a request that has ended."""
+    # Unknown paths are one route, whatever they are: labels stay few.
+    route = getattr(scope.get("route"), "path", None)
+    metrics.child(metrics.request_seconds, route or "?").observe(seconds)
+    # An interaction that ends is logged with the same ids: its request only where asked.
+    metrics.child(metrics.requests, scope["method"], route or "?", str(status)).inc()
+    is_create = scope["method"] == "POST" and route == "/interactions"
+    log = _log.debug if is_create and status == _OK else _log.info
+    log(
+        "request",
+        method=scope["method"],
+        path=route or scope["path"][:120],
+        status=status,
+        ms=round(seconds * 1000, 1),
+    )
 
 
 def _parent(headers: Mapping[bytes, bytes]) -> dict[str, str]:

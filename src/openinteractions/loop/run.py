@@ -83,7 +83,23 @@ class Run:
         self._earlier_s = state.seconds
 
     async def drive(self) -> Outcome:
-        """Run to the end. Cancelling leaves what was begun for `interrupt`."""
+        """Run to the end, or to the run's limit of time.
+
+        Cancelling leaves what was begun for `interrupt`.
+        """
+        limit = self.spec.limits.max_seconds
+        scope = asyncio.timeout(None if limit is None else max(0.0, limit - self._earlier_s))
+        try:
+            async with scope:
+                return await self._drive()
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            self.interrupt("The run's time limit is reached.")
+            message = f"The limit max_seconds = {limit:g} is reached."
+            return Outcome("budget_exceeded", [{"code": "budget_exceeded", "message": message}])
+
+    async def _drive(self) -> Outcome:
         try:
             while True:
                 turn = await self._ask()

@@ -164,18 +164,8 @@ async def _outcome(  # noqa: PLR0911 - one for each way to end
     if stored.is_hopeless:
         message = "The run's workers died too often without progress."
         return Outcome("failed", [{"code": "worker_lost", "message": message}])
-    limit = run.spec.limits.max_seconds
-    left = None if limit is None else max(0.0, limit - stored.state.seconds)
-    scope = asyncio.timeout(left)
     try:
-        async with scope:
-            return await run.drive()
-    except TimeoutError:
-        if not scope.expired():
-            raise
-        run.interrupt("The run's time limit is reached.")
-        message = f"The limit max_seconds = {limit:g} is reached."
-        return Outcome("budget_exceeded", [{"code": "budget_exceeded", "message": message}])
+        return await run.drive()
     except asyncio.CancelledError:
         if not house.member.was_cancelled(interaction_id):
             raise

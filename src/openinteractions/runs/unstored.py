@@ -110,24 +110,11 @@ class InMemory:
             ports=house.ports(house.history(asked.project_id, line), self._journal, purse),
         )
         try:
-            outcome = await self._outcome(run)
+            outcome = await run.drive()
         finally:
             # Also where the caller went away: what was answered was paid for.
             await asyncio.shield(self._pay(run))
         return self._ended(run, outcome)
-
-    async def _outcome(self, run: Run) -> Outcome:
-        limit = run.spec.limits.max_seconds
-        scope = asyncio.timeout(limit)
-        try:
-            async with scope:
-                return await run.drive()
-        except TimeoutError:
-            if not scope.expired():
-                raise
-            run.interrupt("The run's time limit is reached.")
-            message = f"The limit max_seconds = {limit:g} is reached."
-            return Outcome("budget_exceeded", [{"code": "budget_exceeded", "message": message}])
 
     async def _pay(self, run: Run) -> None:
         paid = spend_of(run, self._unstored.key_id)
