@@ -150,7 +150,7 @@ async def test_the_jobs_of_a_silent_worker_go_back_and_the_epoch_rises(database:
     # The first owner can end nothing any more.
     await queue.drop(database, job)
     await queue.retry(database, job, error="x", delay=timedelta(0))
-    await queue.hand_back(database, job)
+    await queue.fail(database, job, error="x")
     assert (await row(database, key))["worker_id"] == other
     assert await queue.beat(database, silent) is None
     assert await queue.beat(database, other) == {key: (again.epoch, False)}
@@ -181,18 +181,15 @@ async def test_no_sweep_right_after_the_database_has_started(database: Database)
     assert (await row(database, key))["worker_id"] == worker
 
 
-async def test_handing_back_does_not_count_as_an_attempt(database: Database):
+async def test_leaving_does_not_count_as_an_attempt(database: Database):
     (key,) = await add(database)
-    worker = await register(database)
-    for _ in range(3):
+    for epoch in range(1, 4):
+        worker = await register(database)
         (job,) = await claim(database, worker)
-        assert job.attempt == 1
-        await queue.hand_back(database, job)
-    (job,) = await claim(database, worker)
-    assert job.epoch == 4
-    await queue.leave(database, worker)
-    after = await row(database, key)
-    assert (after["state"], after["worker_id"], after["attempt"]) == (0, None, 0)
+        assert (job.attempt, job.epoch) == (1, epoch)
+        await queue.leave(database, worker)
+        after = await row(database, key)
+        assert (after["state"], after["worker_id"], after["attempt"]) == (0, None, 0)
 
 
 async def test_a_retry_counts_and_waits(database: Database):
@@ -214,8 +211,8 @@ async def test_a_cancel_request_reaches_the_owner_and_survives_a_takeover(databa
     assert await queue.request_cancel(database, key)
     assert not await queue.request_cancel(database, ids.uuid7())
     assert await queue.beat(database, worker) == {key: (job.epoch, True)}
-    await queue.hand_back(database, job)
-    (again,) = await claim(database, worker)
+    await queue.leave(database, worker)
+    (again,) = await claim(database, await register(database))
     assert again.cancel_requested
 
 

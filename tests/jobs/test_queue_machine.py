@@ -259,9 +259,7 @@ class QueueMachine(RuleBasedStateMachine):
     @precondition(lambda self: any(p.held for p in self.processes))
     @rule(
         pick=PICK,
-        what=st.sampled_from(
-            ["commit", "record", "finish", "finish", "retry", "fail", "hand back"]
-        ),
+        what=st.sampled_from(["commit", "record", "finish", "finish", "retry", "fail"]),
     )
     def work(self, pick: int, what: str) -> None:
         holders = [p for p in self.processes if p.held and p.is_awake]
@@ -293,10 +291,8 @@ class QueueMachine(RuleBasedStateMachine):
         elif what == "retry":
             delay = timedelta(hours=1)
             self.stage.run(queue.retry(database, job, error="it may pass", delay=delay))
-        elif what == "fail":
-            self.stage.run(queue.fail(database, job, error="it will not pass"))
         else:
-            self.stage.run(queue.hand_back(database, job))
+            self.stage.run(queue.fail(database, job, error="it will not pass"))
 
     def _expect_end(self, expected: Expected, what: str) -> None:
         if what == "finish":
@@ -304,13 +300,9 @@ class QueueMachine(RuleBasedStateMachine):
             expected.steps += 1
         elif what == "fail":
             expected.state, expected.owner = FAILED, None
-        elif what == "retry":
+        else:
             expected.queue()
             expected.is_due = False
-        else:
-            expected.attempt = max(expected.attempt - 1, 0)
-            expected.queue()
-            expected.is_due = True
 
     # ---- work is unwanted
 

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from tests.loop.stage import said
 
 from openinteractions.loop.context import (
-    answers_missing,
     for_model,
     open_signature,
     resumption_note,
@@ -92,10 +91,3 @@ def test_notes_of_any_origin_never_crash_and_never_reach_a_model(steps: list[dic
 def test_a_callers_own_thoughts_are_no_notes():
     thought = {"type": "thought", "summary": [], "note": "text of theirs"}
     assert visible([thought]) == [thought]
-
-
-def test_open_calls_are_what_no_result_follows():
-    call = {"type": "function_call", "id": "a", "name": "f", "arguments": {}}
-    result = {"type": "function_result", "call_id": "a", "result": "x"}
-    assert answers_missing([call]) == [call]
-    assert answers_missing([call, result]) == []

@@ -1,10 +1,12 @@
 """Schemas are enforced as the contract says, and never make a request."""
 
 import asyncio
+from uuid import UUID
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from openinteractions.errors import Invalid
 from openinteractions.loop.structured import (
@@ -102,7 +104,8 @@ async def test_a_reference_to_somewhere_else_is_never_fetched():
     port = server.sockets[0].getsockname()[1]
     for reference in (f"http://127.0.0.1:{port}/s.json", "file:///etc/passwd", "#/$defs/none"):
         schema = {"$ref": reference}
-        require_schema(schema, "x")
+        with pytest.raises(Invalid, match=r"Invalid value at 'x\.\$ref': .*does not define"):
+            require_schema(schema, "x")
         found = await asyncio.to_thread(mismatch, {"a": 1}, schema)
         assert "refers to something it does not define" in str(found)
     server.close()
@@ -122,3 +125,157 @@ def test_local_references_work_also_in_circles():
 def test_a_reference_that_leads_to_itself_is_an_answer(value: object):
     schema = {"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}
     assert mismatch(value, schema) is not None
+
+
+def _doubling(last: dict, *, key: str = "allOf") -> dict:
+    levels = {f"d{n}": {key: [{"$ref": f"#/$defs/d{n + 1}"}] * 2} for n in range(25)}
+    return {"$defs": {**levels, "d25": last}, "$ref": "#/$defs/d0"}
+
+
+COSTLY = {
+    "doubling": (_doubling({"type": "integer"}), 1),
+    "any of": (_doubling({"type": "integer"}, key="anyOf"), "x"),
+    "another dialect": (
+        {
+            "$schema": "http://json-schema.org/draft-07/schema#",
+            **_doubling({"$schema": "http://json-schema.org/draft-07/schema#"}),
+        },
+        1,
+    ),
+    "each item has all names": (
+        {"items": {"required": [], "properties": {f"p{n}": True for n in range(9000)}}},
+        [{}] * 20_000,
+    ),
+    "long messages": ({"anyOf": [{"type": "integer"}] * 2000}, "x" * 1_000_000),
+    "nothing allowed": ({"oneOf": [False] * 30_000 + [True] * 9000}, "x" * 1_000_000),
+    "large enum, many items": ({"items": {"enum": list(range(20_000))}}, [20_000] * 20_000),
+    "many unevaluated": (
+        {"anyOf": [{"required": ["p0"]}], "unevaluatedProperties": {"type": "integer"}},
+        {f"p{n}": 1 for n in range(20_000)},
+    ),
+}
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("name", COSTLY)
+def test_what_is_too_costly_to_check_is_accepted_and_logged(name: str):
+    schema, value = COSTLY[name]
+    require_schema(schema, "x")
+    with capture_logs() as logs:
+        assert mismatch(value, schema) is None
+    assert [line["event"] for line in logs] == ["schema.too_costly"]
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize(
+    ("pattern", "text"),
+    [
+        ("^(a+)+$", "a" * 29 + "!"),
+        ("^(?:a|a)*$", "a" * 29 + "!"),
+        ("a?" * 29 + "a" * 29 + "!", "a" * 29),
+        ("(a|a)" * 29 + "!", "a" * 29),
+        ("a{0,999}" * 9 + "!", "a" * 999),
+        ("a*a*!", "a" * 2000),
+        ("^a*a*a*!", "a" * 2000),
+        (r"^(a+)\1$", "b"),
+        ("^(?=a)a$", "b"),
+        ("(?i)^a$", "b"),
+        ("^a$", "b" * 2001),
+        ("^" + "a" * 500, "b"),
+    ],
+)
+def test_a_costly_pattern_is_not_enforced(pattern: str, text: str):
+    by_name = {"patternProperties": {pattern: False}, "additionalProperties": False}
+    for schema, value in (
+        ({"type": "string", "pattern": pattern}, text),
+        (by_name, {text: 1}),
+        ({**by_name, "unevaluatedProperties": False}, {text: 1}),
+    ):
+        require_schema(schema, "x")
+        assert mismatch(value, schema) is None
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text"),
+    [
+        ("^[a-z]+@[a-z]+$", "ab@cd"),
+        (r"^\d{4}-\d{2}-\d{2}$", "2026-01-31"),
+        ("^(red|green|blue)$", "green"),
+        ("^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$", str(UUID(int=7))),
+        ("^[(a+)+|]{1,3}$", "+a|"),
+        (r"^\(a\)+?$", "(a)"),
+    ],
+)
+def test_a_cheap_pattern_is_enforced(pattern: str, text: str):
+    assert mismatch(text, {"pattern": pattern}) is None
+    assert "does not match" in str(mismatch("?!", {"pattern": pattern}))
+    names = {"patternProperties": {pattern: {"type": "integer"}}, "additionalProperties": False}
+    assert mismatch({text: 1}, names) is None
+    assert mismatch({text: "x"}, names) is not None
+    assert "unexpected" in str(mismatch({"?!": 1}, names))
+
+
+def _deep(levels: int) -> dict:
+    schema: dict = {}
+    for _ in range(levels):
+        schema = {"not": schema}
+    return schema
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"description": "x" * 256_000},
+        {"allOf": [{}] * 60_000},
+        {"type": [1, "a"] * 30_000},
+        {"anyOf": [{"pattern": f"[{n}-\U0010ffff]"} for n in range(1, 9000)]},
+        _deep(200),
+        _deep(400),
+    ],
+    ids=["large", "wide", "mixed", "patterns", "deep", "deeper"],
+)
+def test_a_schema_that_cannot_be_checked_is_refused(schema: dict):
+    with pytest.raises(Invalid, match=r"Invalid value at 'tools\[3\]\.parameters"):
+        require_schema(schema, "tools[3].parameters")
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"properties": {"a": {"$ref": "other.json"}}},
+        {"properties": {"a": {"$ref": "https://json-schema.org/draft/2020-12/schema"}}},
+        {"properties": {"a": {"$ref": "#/title/0"}}, "title": "abc"},
+        {"properties": {"a": {"$ref": "#/minimum/x"}}, "minimum": 3},
+        {"properties": {"a": {"$ref": "#nowhere"}}},
+        {"properties": {"a": {"$dynamicRef": "#nowhere"}}},
+        {"properties": {"a": {"$ref": "#/enum/0"}}, "enum": [{"type": 3}]},
+    ],
+)
+def test_a_reference_to_no_schema_of_the_document_is_refused_with_its_place(schema: dict):
+    with pytest.raises(Invalid, match=r"Invalid value at 'x\.properties\.a\.\$"):
+        require_schema(schema, "x")
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"properties": {"c": {"$ref": "#"}}, "type": "object"},
+        {"$id": "https://x.test/s", "properties": {"c": {"$ref": "#"}}, "type": "object"},
+        {"$anchor": "t", "properties": {"c": {"$ref": "#t"}}, "type": "object"},
+        {"$dynamicAnchor": "t", "properties": {"c": {"$dynamicRef": "#t"}}, "type": "object"},
+    ],
+)
+def test_recursive_schemas_are_followed(schema: dict):
+    require_schema(schema, "x")
+    assert mismatch({"c": {"c": {}}}, schema) is None
+    assert str(mismatch({"c": {"c": 1}}, schema)).startswith("at $.c.c: ")
+
+
+def test_a_large_but_plain_value_and_schema_are_checked():
+    names = {f"p{n}": {"type": "string", "description": "d" * 40} for n in range(500)}
+    schema = {"items": {"properties": names, "required": ["p0"], "additionalProperties": False}}
+    require_schema(schema, "x")
+    assert mismatch([{"p0": "a"}] * 300, schema) is None
+    assert mismatch([{"p0": "a"}] * 300 + [{"p0": 1}], schema) is not None
+    assert mismatch(["x" * 3_000_000], {"items": {"type": "integer"}}) is not None

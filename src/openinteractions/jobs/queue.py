@@ -142,13 +142,6 @@ with dead as (
    order by j.id for update skip locked
 ){_GIVE_BACK}"""  # noqa: S608 - constants
 
-_HAND_BACK = """
-update jobs set state = 0, worker_id = null, attempt = greatest(attempt - 1, 0),
-       run_at = now() + $3::interval
- where id = $1 and epoch = $2 and state = 1
-returning id
-"""
-
 _RETRY = """
 update jobs set state = 0, worker_id = null, last_error = $3, run_at = now() + $4::interval
  where id = $1 and epoch = $2 and state = 1
@@ -295,13 +288,6 @@ async def _claim(
     return await connection.fetch(
         _CLAIM, worker_id, limit, list(kinds), share.of_project, share.of_provider
     )
-
-
-async def hand_back(database: Database, job: Job, delay: timedelta = timedelta(0)) -> None:
-    """Put a job back as if it had not been claimed (the process is stopping)."""
-    async with database.hot() as connection:
-        await connection.fetchval(_HAND_BACK, job.id, job.epoch, delay)
-        await connection.execute("select pg_notify($1, '')", WAKE_CHANNEL)
 
 
 async def drop(database: Database, job: Job) -> None:

@@ -66,8 +66,8 @@ class Turn:
     def add(self, event: ModelEvent) -> None:
         """Take the model's next event."""
         match event:
-            case TextDelta(text):
-                self._add_text("model_output", {"type": "text", "text": text}, text)
+            case TextDelta():
+                self._add_answer(event.text)
             case ThoughtDelta(text):
                 delta = {"type": "thought_summary", "content": {"type": "text", "text": text}}
                 self._add_text("thought", delta, text)
@@ -132,7 +132,7 @@ class Turn:
             starts_anew: An answer follows, which must not be read as the rest of this one.
         """
         self.calls.clear()
-        is_open = self._open is not None and self._open["type"] == "model_output"
+        is_open = self._is_answer
         if is_open and starts_anew:
             self._close_block()
             self._add_media(cut_mark())
@@ -154,8 +154,7 @@ class Turn:
             for block in step["content"]
             if block["type"] == "text"
         )
-        is_answer = self._open is not None and self._open["type"] == "model_output"
-        return closed + "".join(self._text) if is_answer else closed
+        return closed + "".join(self._text) if self._is_answer else closed
 
     # ---- growing the open step
 
@@ -167,6 +166,18 @@ class Turn:
         self._offset = 0
         self._emit("s", -1, step_start, {"type": kind})
         return self._open
+
+    def _add_answer(self, text: str) -> None:
+        if self._show is None and text and self._is_answer:
+            # Nobody watches the block grow: by far the most frequent way.
+            self._text.append(text)
+            self._offset += len(text)
+            return
+        self._add_text("model_output", {"type": "text", "text": text}, text)
+
+    @property
+    def _is_answer(self) -> bool:
+        return self._open is not None and self._open["type"] == "model_output"
 
     def _add_text(self, kind: str, delta: Json, text: str) -> None:
         if not text:

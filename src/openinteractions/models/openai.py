@@ -179,9 +179,10 @@ class OpenAIModel:
 
 async def _events(call: ModelCall, answer: Answer) -> AsyncGenerator[ModelEvent]:
     turn = Turn(show_thoughts=call.generation.get("thinking_summaries") == "auto")
-    async for chunk in answer:
-        for event in turn.feed(chunk):
-            yield event
+    async for batch in answer.batches():
+        for chunk in batch:
+            for event in turn.feed(chunk):
+                yield event
     for event in turn.finish(done=answer.done):
         yield event
 

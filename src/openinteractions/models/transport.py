@@ -100,7 +100,8 @@ class Answer(AsyncIterator[Any]):
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self._response = response
-        self._values = self._read()
+        self._batches = self._read()
+        self._values = self._one_by_one()
         self.done = False
         """Whether the `[DONE]` mark, or a whole plain JSON answer, has been seen."""
 
@@ -113,6 +114,7 @@ class Answer(AsyncIterator[Any]):
     async def close(self) -> None:
         """End the reading; after `[DONE]`, take the end of the body, so that the pool keeps us."""
         await self._values.aclose()
+        await self._batches.aclose()
         content = self._response.content
         if self.done and not content.at_eof():
             with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError):
@@ -120,21 +122,43 @@ class Answer(AsyncIterator[Any]):
                     while await content.readany():
                         pass
 
-    async def _read(self) -> AsyncGenerator[Any]:
+    def batches(self) -> AsyncIterator[list[Any]]:
+        """The values in lists, each what came at once: a hop less for every one of many."""
+        return self._batches
+
+    async def _one_by_one(self) -> AsyncGenerator[Any]:
+        async for batch in self._batches:
+            for value in batch:
+                yield value
+
+    async def _read(self) -> AsyncGenerator[list[Any]]:
         # What the consumer raises between two values never passes here: only reading is mapped.
         with _mapped():
             if not self._response.content_type.endswith("event-stream"):
                 value = _json(await self._response.read())
                 self.done = True
-                yield value
+                yield [value]
                 return
             decoder = SseDecoder()
             async for chunk in self._response.content.iter_any():
-                for payload in decoder.feed(chunk):
-                    if payload.strip() == b"[DONE]":
-                        self.done = True
-                        return
-                    yield _json(payload)
+                batch: list[Any] = []
+                try:
+                    self.done = _decode(decoder, chunk, batch)
+                finally:
+                    # Also before an error: what came whole counts.
+                    if batch:
+                        yield batch
+                if self.done:
+                    return
+
+
+def _decode(decoder: SseDecoder, chunk: bytes, batch: list[Any]) -> bool:
+    """Add the values that a chunk completes; whether the `[DONE]` mark came."""
+    for payload in decoder.feed(chunk):
+        if payload.strip() == b"[DONE]":
+            return True
+        batch.append(_json(payload))
+    return False
 
 
 def proxy_for(url: str) -> str | None:
