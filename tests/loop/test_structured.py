@@ -121,6 +121,16 @@ def test_local_references_work_also_in_circles():
     assert mismatch({"c": {"c": 1}}, tree) is not None
 
 
+def test_schemas_and_values_may_be_thirty_levels_deep():
+    schema: dict = {"type": "integer"}
+    value: object = "x"
+    for _ in range(30):
+        schema = {"type": "object", "properties": {"a": schema}}
+        value = {"a": value}
+    require_schema(schema, "x")
+    assert "not of type 'integer'" in str(mismatch(value, schema))
+
+
 @pytest.mark.parametrize("value", [{}, {"a": 1}])
 def test_a_reference_that_leads_to_itself_is_an_answer(value: object):
     schema = {"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}
@@ -143,11 +153,11 @@ COSTLY = {
         1,
     ),
     "each item has all names": (
-        {"items": {"required": [], "properties": {f"p{n}": True for n in range(9000)}}},
+        {"items": {"required": [], "properties": {f"p{n}": True for n in range(3000)}}},
         [{}] * 20_000,
     ),
     "long messages": ({"anyOf": [{"type": "integer"}] * 2000}, "x" * 1_000_000),
-    "nothing allowed": ({"oneOf": [False] * 30_000 + [True] * 9000}, "x" * 1_000_000),
+    "nothing allowed": ({"oneOf": [False] * 5000 + [True] * 2}, "x" * 1_000_000),
     "large enum, many items": ({"items": {"enum": list(range(20_000))}}, [20_000] * 20_000),
     "many unevaluated": (
         {"anyOf": [{"required": ["p0"]}], "unevaluatedProperties": {"type": "integer"}},
@@ -279,3 +289,14 @@ def test_a_large_but_plain_value_and_schema_are_checked():
     assert mismatch([{"p0": "a"}] * 300, schema) is None
     assert mismatch([{"p0": "a"}] * 300 + [{"p0": 1}], schema) is not None
     assert mismatch(["x" * 3_000_000], {"items": {"type": "integer"}}) is not None
+
+
+@pytest.mark.parametrize("key", ["not", "allOf", "anyOf", "if", "unevaluatedProperties"])
+def test_no_circle_reaches_the_limit_of_the_interpreter(key: str):
+    below = [{"$ref": "#"}] if key in {"allOf", "anyOf"} else {"$ref": "#"}
+    schema = {"items": {"$ref": "#"}, "unevaluatedProperties": False, key: below}
+    require_schema(schema, "x")
+    value: object = {"a": {}}
+    for _ in range(250):
+        value = [value] if key == "unevaluatedProperties" else {"a": value}
+    assert "deeper" in str(mismatch(value, schema))

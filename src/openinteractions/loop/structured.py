@@ -61,6 +61,8 @@ _CHECK_STEPS = 50_000
 """For a value; a step is about ten microseconds."""
 _BUILD_STEPS = 200_000
 """For a schema itself: the meta-schema takes some thirty steps for each of its objects."""
+_MAX_DEPTH = 130
+"""Of schemas within each other while checking; at most five or six stack frames for each."""
 _PATTERN_CHARS = 500
 _PATTERN_UNBOUNDED = 2
 _TEXT_CHARS = 2_000
@@ -138,6 +140,7 @@ class _Budget:
     patterns: "Mapping[str, _Pattern | None]" = field(default_factory=dict)
     """Those of the schema, by their text; None and absent ones are not enforced."""
     has_property_patterns: bool = False
+    depth: int = 0
 
 
 _budget: ContextVar[_Budget] = ContextVar("schema_budget")
@@ -150,6 +153,22 @@ def _budgeted(budget: _Budget) -> Iterator[_Budget]:
         yield budget
     finally:
         _budget.reset(token)
+
+
+@contextmanager
+def _deeper() -> Iterator[None]:
+    """One level further down.
+
+    The interpreter's own limit must not be reached: the maps of `referencing` panic there.
+    """
+    budget = _budget.get()
+    if budget.depth >= _MAX_DEPTH:
+        raise RecursionError
+    budget.depth += 1
+    try:
+        yield
+    finally:
+        budget.depth -= 1
 
 
 def _spend(steps: int) -> None:
@@ -343,14 +362,16 @@ def _counting(keywords: dict[str, Callable[..., Any]]) -> Any:  # noqa: ANN401 -
         if schema is False:
             yield ValidationError("False schema does not allow a value here")
             return
-        yield from descend(self, instance, schema, *a, **kw)
+        with _deeper():
+            yield from descend(self, instance, schema, *a, **kw)
 
     def counted_errors(self: Any, instance: Any) -> Iterator[Any]:  # noqa: ANN401
         _spend(1)
         if self.schema is False:
             yield ValidationError("False schema does not allow a value here")
             return
-        yield from iter_errors(self, instance)
+        with _deeper():
+            yield from iter_errors(self, instance)
 
     def evolve(self: Any, *, schema: Any, _resolver: Any = None) -> Any:  # noqa: ANN401
         # The one of jsonschema changes to the (uncounted) class that a `$schema` names.
