@@ -18,7 +18,7 @@ two unbounded quantifiers without `^`). Beside a property pattern that is not en
 # pyright: reportUnknownArgumentType=false
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -147,7 +147,7 @@ _budget: ContextVar[_Budget] = ContextVar("schema_budget")
 
 
 @contextmanager
-def _budgeted(budget: _Budget) -> Iterator[_Budget]:
+def _budgeted(budget: _Budget) -> Generator[_Budget]:
     token = _budget.set(budget)
     try:
         yield budget
@@ -156,7 +156,7 @@ def _budgeted(budget: _Budget) -> Iterator[_Budget]:
 
 
 @contextmanager
-def _deeper() -> Iterator[None]:
+def _deeper() -> Generator[None]:
     """One level further down.
 
     The interpreter's own limit must not be reached: the maps of `referencing` panic there.
