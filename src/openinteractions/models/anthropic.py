@@ -26,9 +26,10 @@ _VERSIONED: Final = re.compile(r"/v\d+$")
 _MAX_PAUSES: Final = 10
 
 
-def headers(api_key: str) -> dict[str, str]:
-    """The credentials of a request, and the version of the wire."""
-    return {"x-api-key": api_key, "anthropic-version": "2023-06-01"}
+def headers(api_key: str | None) -> dict[str, str]:
+    """The version of the wire, and the credentials; none for a gateway that wants no key."""
+    version = {"anthropic-version": "2023-06-01"}
+    return {**version, "x-api-key": api_key} if api_key else version
 
 
 class AnthropicModel:

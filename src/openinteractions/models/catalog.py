@@ -1,19 +1,23 @@
 """Which model an ID means, who serves it, what it costs, and who takes over while it is down."""
 
+import contextlib
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 from typing import Any
 
 import aiohttp
+import structlog
 
 from openinteractions.errors import NotFound, SetupError
 from openinteractions.models.port import Model
 from openinteractions.models.transport import Upstream, proxy_for
 from openinteractions.settings import ModelSettings, PriceSettings, ProviderSettings
+
+_log = structlog.get_logger(__name__)
 
 _PUBLIC = {
     "openai": "https://api.openai.com/v1",
@@ -75,6 +79,7 @@ class Catalog:
         # A name without a price of its own is looked for among all of them.
         self._price_of = lru_cache(maxsize=1024)(self._find_price)
         self._prices = _packaged_prices() | {k: _price(v) for k, v in models.prices.items()}
+        self._warn_of_dead_ends()
 
     @property
     def providers(self) -> Mapping[str, str]:
@@ -89,7 +94,7 @@ class Catalog:
         """
         first = self._resolve_one(model_id)
         rest = self._fallbacks.get(first) or self._fallbacks.get(model_id) or []
-        return list(dict.fromkeys([first, *(self._resolve_one(item) for item in rest)]))
+        return list(dict.fromkeys([first, *self._resolvable(rest)]))
 
     def open(self, target: str) -> Target:
         """Find a model by its `provider/model`.
@@ -102,6 +107,24 @@ class Catalog:
         if adapter is None:
             raise NotFound(f"The provider '{provider}' is not configured.")
         return Target(target, provider, model, adapter, self._price_of(target, model))
+
+    def _resolvable(self, names: Sequence[str]) -> list[str]:
+        """Fallbacks whose provider is configured; one that is not must not cost its chain."""
+        found: list[str] = []
+        for name in names:
+            with contextlib.suppress(NotFound):
+                found.append(self._resolve_one(name))
+        return found
+
+    def _warn_of_dead_ends(self) -> None:
+        """Say at the start which aliases and fallbacks lead nowhere."""
+        for alias in self._aliases:
+            if not self._resolvable([alias]):
+                _log.warning("models.alias_unknown", alias=alias, target=self._aliases[alias])
+        for chain in self._fallbacks.values():
+            for name in chain:
+                if not self._resolvable([name]):
+                    _log.warning("models.fallback_unknown", model=name)
 
     def _resolve_one(self, model_id: str) -> str:
         name = self._aliases.get(model_id, model_id)

@@ -28,9 +28,9 @@ _YOUTUBE: Final = frozenset({"youtube.com", "www.youtube.com", "m.youtube.com", 
 _FILES_HOST: Final = "generativelanguage.googleapis.com"
 
 
-def headers(api_key: str) -> dict[str, str]:
-    """The credentials of a request."""
-    return {"x-goog-api-key": api_key}
+def headers(api_key: str | None) -> dict[str, str]:
+    """The credentials' headers; none for a gateway that wants no key."""
+    return {"x-goog-api-key": api_key} if api_key else {}
 
 
 class GeminiModel:
