@@ -5,7 +5,7 @@ import signal
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -37,6 +37,25 @@ def main() -> None:
     except AppError as error:
         print(f"openinteractions: {error.message}", file=sys.stderr)
         sys.exit(2)
+    except Exception as error:
+        if not _is_database_lost(error):
+            raise
+        message = "the database was lost while starting or stopping: start again"
+        print(f"openinteractions: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+_OF_FILES = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError)
+
+
+def _is_database_lost(error: BaseException) -> bool:
+    """Whether an error, or every one of a group, is that the database went away."""
+    from openinteractions.db.engine import LOST  # noqa: PLC0415 - only where something failed
+
+    if isinstance(error, BaseExceptionGroup):
+        group = cast("BaseExceptionGroup[BaseException]", error)
+        return all(_is_database_lost(inner) for inner in group.exceptions)
+    return isinstance(error, LOST) and not isinstance(error, _OF_FILES)
 
 
 def _settings(config: Path | None, **options: Any) -> Settings:  # noqa: ANN401 - one per field
