@@ -19,6 +19,7 @@ from typing import Any, Final, Literal, TypeAlias, cast
 import orjson
 
 from openinteractions.errors import Invalid
+from openinteractions.models.calls import closed
 from openinteractions.models.port import Json
 
 _Role: TypeAlias = Literal["user", "assistant"]
@@ -30,7 +31,6 @@ _CONTENT: Final = frozenset({"text", "image", "document"})
 _VERBATIM: Final = frozenset({"server_tool_use", "web_search_tool_result", "web_fetch_tool_result"})
 _NOT_IN_IDS: Final = re.compile(r"[^a-zA-Z0-9_-]")
 _URL_SAFE: Final = str.maketrans("-_", "+/")
-_NO_RESULT: Final = "No result was recorded."
 _SILENT: Final = frozenset({"processing_call", "processing_result"})
 RESULTS_PREFIX: Final = b'{"role":"user","content":[{"type":"tool_result"'
 _CACHED: Final = b',"cache_control":{"type":"ephemeral"}}]}'
@@ -43,7 +43,7 @@ def compile_messages(steps: Sequence[Json]) -> list[bytes]:
         Invalid: Content that Anthropic does not take: audio, video, other files than PDF and text.
     """
     messages = _Messages()
-    for step in _closed(steps):
+    for step in closed(steps):
         match step["type"]:
             case "user_input":
                 for block in _blocks(step):
@@ -151,17 +151,6 @@ class _Messages:
 
 def _is_thought(block: Json) -> bool:
     return block["type"] in ("thinking", "redacted_thinking")
-
-
-def _closed(steps: Sequence[Json]) -> Iterator[Json]:
-    # Anthropic refuses a use without a result, and the server's own calls get none later.
-    answered = {step.get("call_id") for step in steps}
-    for step in steps:
-        yield step
-        kind: str = step["type"]
-        if kind.endswith("_call") and kind != "function_call" and step["id"] not in answered:
-            result = kind.removesuffix("_call") + "_result"
-            yield {"type": result, "call_id": step["id"], "result": _NO_RESULT, "is_error": True}
 
 
 def _blocks(step: Json) -> Iterator[Json]:

@@ -12,6 +12,7 @@ from typing import Any, Final, Literal, TypeAlias, cast
 import orjson
 
 from openinteractions.errors import Invalid
+from openinteractions.models.calls import closed
 from openinteractions.models.port import Json
 
 _Kind: TypeAlias = Literal["user", "model", "results"]
@@ -25,7 +26,6 @@ _MEDIA: Final = frozenset({"image", "audio", "video", "document"})
 _VERBATIM: Final = frozenset({"executableCode", "codeExecutionResult", "toolCall", "toolResponse"})
 # https://ai.google.dev/gemini-api/docs/function-calling#multimodal
 _RESPONSE_MEDIA: Final = frozenset({"image/png", "image/jpeg", "image/webp", "application/pdf"})
-_NO_RESULT: Final = "No result was recorded."
 # Nothing that a model could use: the marks of agentic video processing.
 _SILENT: Final = frozenset({"processing_call", "processing_result"})
 RESULTS_PREFIX: Final = b'{"role":"user","parts":[{"functionResponse":'
@@ -40,7 +40,7 @@ def compile_contents(steps: Sequence[Json], model: str) -> list[bytes]:
     contents = _Contents(wants_signatures="gemini" in model and not _OLD.search(model))
     old = _OLD.search(model) is not None
     names: dict[str, str] = {}
-    for step in _closed(steps):
+    for step in closed(steps):
         match step["type"]:
             case "user_input":
                 for block in _blocks(step):
@@ -159,17 +159,6 @@ class _Contents:
             parts = [*self._parts, *self._after]
             self._done.append(orjson.dumps({"role": role, "parts": parts}))
         self._parts, self._after = [], []
-
-
-def _closed(steps: Sequence[Json]) -> Iterator[Json]:
-    # Gemini refuses a call without a response, and the server's own calls get none later.
-    answered = {step.get("call_id") for step in steps}
-    for step in steps:
-        yield step
-        kind: str = step["type"]
-        if kind.endswith("_call") and kind != "function_call" and step["id"] not in answered:
-            result = kind.removesuffix("_call") + "_result"
-            yield {"type": result, "call_id": step["id"], "result": _NO_RESULT, "is_error": True}
 
 
 def _add_output(contents: _Contents, step: Json) -> None:

@@ -255,7 +255,7 @@ async def create_unstored(
     row = None if parent is None else parent.row
     place = None
     if row is not None:
-        place = Place(segment_id=row.segment_id, depth=row.depth, is_new_line=False)
+        place = Place(segment_id=row.segment_id, depth=row.depth)
     return service.runner.start_in_memory(
         Unstored(
             project_id=caller.project_id,
@@ -443,14 +443,13 @@ async def _find_out(service: Service, new: NewInteraction) -> datetime:
 
 def _place(parent: Parent | None, *, branch: bool) -> Place:
     if parent is None:
-        return Place(segment_id=ids.uuid7(), depth=0, is_new_line=True)
+        return Place(segment_id=ids.uuid7(), depth=0)
     row = parent.row
     if parent.cut is None and not branch:
-        return Place(segment_id=row.segment_id, depth=row.depth + 1, is_new_line=False)
+        return Place(segment_id=row.segment_id, depth=row.depth + 1)
     return Place(
         segment_id=ids.uuid7(),
         depth=row.depth + 1,
-        is_new_line=True,
         parent_id=row.segment_id,
         parent_depth=row.depth,
         parent_idx=parent.cut,

@@ -107,8 +107,6 @@ class Place:
 
     segment_id: UUID
     depth: int
-    is_new_line: bool
-    """The segment is opened by this turn."""
     parent_id: UUID | None = None
     """The segment that a new line branches off."""
     parent_depth: int | None = None
