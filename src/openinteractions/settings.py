@@ -182,6 +182,89 @@ class WorkerSettings(_Group):
     """How long stream deltas are gathered before they are committed."""
 
 
+class NetworkPolicy(_Group):
+    """Hosts that sandboxes may reach."""
+
+    mode: Literal["open", "disabled", "allowlist"] = "open"
+    """`open`: every public address; `disabled`: none; `allowlist`: only `domains`."""
+    domains: list[str] = Field(default_factory=list)
+    """Exact hosts, `*.example.com` (not the apex), or `*`."""
+
+
+class SandboxSettings(_Group):
+    """Sandboxes, and the broker that runs them."""
+
+    enabled: Literal["auto", "on", "off"] = "auto"
+    """Whether `serve` runs a broker: `auto` where a container engine answers."""
+    docker_url: str | None = None
+    """The engine: `unix:///…` or `tcp://…`; `DOCKER_HOST`, else the usual socket, if left out."""
+    docker_certs: Path | None = None
+    """Folder with `ca.pem`, `cert.pem` and `key.pem` for an engine behind TLS."""
+    image: str = "openinteractions/sandbox:latest"
+    """What sandboxes are started from; `scripts/sandbox-image` builds it."""
+    runtime: str | None = None
+    """The engine's runtime for sandboxes, such as `runsc` (gVisor)."""
+    broker: str = "local"
+    """This broker's name. Environments stay with it: keep it over restarts, one name a broker."""
+    listen: str | None = None
+    """Where the broker listens: `unix:///…` or `https://0.0.0.0:8090`; a socket in its data
+    folder if left out."""
+    address: str | None = None
+    """How other machines reach this broker, if not by `listen`."""
+    tls_cert: Path | None = None
+    """Certificate chain of a broker that listens on https."""
+    tls_key: Path | None = None
+    """Its private key."""
+    tls_ca: Path | None = None
+    """What clients check brokers' certificates with; the system's roots if left out."""
+    data_dir: Path | None = None
+    """Files of the environments; `sandboxes` in the data folder if left out."""
+    disk: Literal["auto", "image", "folder"] = "auto"
+    """`image`: a file system of its own for each environment, which bounds its size (needs root);
+    `folder`: a plain folder; `auto`: images where they work."""
+    cpus: float = Field(default=2.0, gt=0)
+    """Processors of one sandbox."""
+    memory_bytes: int = Field(default=2 * 2**30, ge=128 * 2**20)
+    """Memory of one sandbox, temporary files included."""
+    pids: int = Field(default=512, ge=32)
+    """Processes and threads of one sandbox."""
+    disk_bytes: int = Field(default=4 * 2**30, ge=16 * 2**20)
+    """Files of one environment."""
+    tmp_bytes: int = Field(default=512 * 2**20, ge=2**20)
+    """Temporary files of one sandbox; they count as memory."""
+    warm: int = Field(default=1, ge=0)
+    """Sandboxes kept ready, so that a first command need not wait."""
+    max_running: int = Field(default=20, ge=1)
+    """Sandboxes that one broker runs at once; the idlest one is stopped for the next."""
+    idle_stop: Duration = timedelta(minutes=15)
+    """An environment's sandbox stops after so long without use; its files stay."""
+    ttl: Duration = timedelta(days=7)
+    """An environment is deleted after so long without use."""
+    log_retention: Duration = timedelta(days=7)
+    """How long egress decisions and executions are kept."""
+    network: NetworkPolicy = Field(default_factory=NetworkPolicy)
+    """Where an environment that says nothing may connect to."""
+    ceiling: NetworkPolicy = Field(default_factory=NetworkPolicy)
+    """What no request can go beyond."""
+    ports: list[int] = Field(default_factory=lambda: [80, 443])
+    """Ports of other hosts that sandboxes may connect to."""
+    skills_dir: Path | None = None
+    """Folder of skills for sources of type `skill_registry`, one folder each."""
+    gcs_url: str = "https://storage.googleapis.com"
+    """Where sources of type `gcs` are read from."""
+    code_execution: Literal["sandbox", "vendor"] = "sandbox"
+    """Who runs a model's `code_execution` tool: our sandbox, or the vendor where it has one."""
+
+    def home(self, data: Path) -> Path:
+        """The broker's data folder, expanded; not created.
+
+        Args:
+            data: The server's data folder.
+        """
+        chosen = self.data_dir
+        return data / "sandboxes" if chosen is None else chosen.expanduser().absolute()
+
+
 class LocalSettings(_Group):
     """The built-in local model."""
 
@@ -251,6 +334,7 @@ class Settings(BaseSettings):
     network: NetworkSettings = Field(default_factory=NetworkSettings)
     limits: LimitSettings = Field(default_factory=LimitSettings)
     worker: WorkerSettings = Field(default_factory=WorkerSettings)
+    sandbox: SandboxSettings = Field(default_factory=SandboxSettings)
     local: LocalSettings = Field(default_factory=LocalSettings)
     log: LogSettings = Field(default_factory=LogSettings)
 

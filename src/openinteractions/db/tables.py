@@ -317,3 +317,118 @@ blob_uses = Table(
     Column("segment_id", Uuid, primary_key=True),
     Column("depth", Integer, primary_key=True),
 )
+
+brokers = Table(
+    "brokers",
+    metadata,
+    # Chosen by the operator and kept over restarts: environments live where their broker is.
+    Column("name", Text, primary_key=True),
+    # `unix:///…/broker.sock` or `https://host:port`.
+    Column("address", Text, nullable=False),
+    Column("host", Text, nullable=False),
+    Column("pid", Integer, nullable=False),
+    Column("backend", Text, nullable=False),
+    # How many sandboxes it may run, and how many it runs.
+    Column("capacity", Integer, nullable=False),
+    Column("running", Integer, nullable=False, server_default=text("0")),
+    # Why it cannot start a sandbox at present; null: it can.
+    Column("problem", Text),
+    _moment("started_at", default=True),
+    _moment("seen", default=True),
+)
+
+environments = Table(
+    "environments",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("project_id", Uuid, nullable=False),
+    # brokers.name; null until it is first needed.
+    Column("broker", Text),
+    Column("has_disk", Boolean, nullable=False, server_default=text("false")),
+    # `sources` and `network` as the caller sees them again: no transform values, no variables.
+    Column("public", LargeBinary),
+    # `network` with its transforms, and `env`, as the request had them: encrypted JSON.
+    Column("sealed", LargeBinary),
+    # +1 whenever `sealed` changes, so that a broker knows that what it has read is old.
+    Column("revision", Integer, nullable=False, server_default=text("1")),
+    Column("file_count", BigInteger, nullable=False, server_default=text("0")),
+    Column("size_bytes", BigInteger, nullable=False, server_default=text("0")),
+    _moment("created_at", default=True),
+    _moment("updated_at", default=True),
+    _moment("accessed_at", default=True),
+    _moment("expires_at"),
+    # Its files are gone; the row stays a while, so that its id says `expired`.
+    _moment("expired_at"),
+    _moment("deleted_at"),
+    # Serves: GET /environments, newest first, in keyset pages.
+    Index(None, "project_id", text("id desc"), postgresql_where=text("deleted_at is null")),
+    # Serves: expiry.
+    Index(None, "expires_at", postgresql_where=text("expired_at is null")),
+    # Serves: what a broker has.
+    Index(None, "broker", postgresql_where=text("has_disk")),
+)
+
+executions = Table(
+    "executions",
+    metadata,
+    Column("environment_id", Uuid, primary_key=True),
+    # Minted by the run, never by a model (ruling R4).
+    Column("id", Text, primary_key=True),
+    Column("project_id", Uuid, nullable=False),
+    Column("interaction_id", Uuid),
+    Column("epoch", Integer, nullable=False),
+    # The container that it was sent to.
+    Column("sandbox", Text, nullable=False),
+    _moment("started_at", default=True),
+    _moment("ended_at"),
+    # How it ended, JSON, and its output (bounded); null while it runs.
+    Column("exit", JSONB),
+    Column("output", LargeBinary),
+    Index(None, "started_at", postgresql_using="brin"),
+)
+
+credentials = Table(
+    "credentials",
+    metadata,
+    Column("project_id", Uuid, primary_key=True),
+    Column("id", Text, primary_key=True),
+    Column("type", Text, nullable=False),
+    Column("status", Text, nullable=False, server_default="active"),
+    # What is no secret: header_name, prefix, trusted_domains, injection_location, token_url …
+    Column("public", JSONB, nullable=False),
+    Column("sealed", LargeBinary, nullable=False),
+    # The access token of an oauth2 credential, encrypted, and when it ends.
+    Column("token_sealed", LargeBinary),
+    _moment("token_expires_at"),
+    # One process refreshes at a time: until then it is somebody's.
+    _moment("refreshing_until"),
+    _moment("created_at", default=True),
+    _moment("updated_at", default=True),
+)
+
+egress_log = Table(
+    "egress_log",
+    metadata,
+    Column("environment_id", Uuid, primary_key=True),
+    # Ordered by time.
+    Column("id", Uuid, primary_key=True),
+    Column("project_id", Uuid, nullable=False),
+    _moment("at", default=True),
+    Column("host", Text, nullable=False),
+    Column("port", Integer, nullable=False),
+    # `tunnel`, `https` (opened) or `http`.
+    Column("kind", Text, nullable=False),
+    Column("method", Text),
+    # Without its query.
+    Column("path", Text),
+    Column("decision", Text, nullable=False),
+    Column("reason", Text),
+    # The allowlist entry that matched, and the credential that was added.
+    Column("rule", Text),
+    Column("credential", Text),
+    Column("status", SmallInteger),
+    Column("bytes_up", BigInteger, nullable=False, server_default=text("0")),
+    Column("bytes_down", BigInteger, nullable=False, server_default=text("0")),
+    Column("duration_ms", Integer),
+    Index(None, "at", postgresql_using="brin"),
+)
