@@ -1,5 +1,6 @@
 # The server as an image: `docker build -t openinteractions .`
-# Sandboxes have an image of their own; this one never touches Docker.
+# Sandboxes have an image of their own, images/sandbox. This one needs no docker command: the broker
+# talks to the engine's socket.
 FROM python:3.11-slim-bookworm AS build
 WORKDIR /app
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
@@ -13,7 +14,8 @@ RUN /venv/bin/pip install --no-build-isolation --no-deps .
 
 FROM python:3.11-slim-bookworm
 # The embedded PostgreSQL and the kernel's checks want an account with a name.
-RUN useradd --uid 10001 --create-home --shell /usr/sbin/nologin openinteractions \
+RUN groupadd --gid 10001 openinteractions \
+  && useradd --uid 10001 --gid 10001 --create-home --shell /usr/sbin/nologin openinteractions \
   && install -d -o openinteractions -g openinteractions -m 0700 /data
 COPY --from=build /venv /venv
 ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 OI_DATA_DIR=/data OI_LOCAL__MODELS_DIR=/data/models

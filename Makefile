@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup serve demo test check bench gap chaos lock
+.PHONY: help setup serve sandbox demo test check bench gap chaos lock
 ARGS ?=
 
 help: ## Show this list
@@ -10,6 +10,10 @@ setup: ## Install everything into .venv; again costs nothing
 
 serve: setup ## Start the server on http://127.0.0.1:8080 (ARGS="--port 9000")
 	@.venv/bin/openinteractions serve $(ARGS)
+
+sandbox: ## Have Docker (a bare Debian machine gets it) and the image that commands run in
+	@scripts/docker
+	@scripts/sandbox-image
 
 demo: setup ## Show it working, step by step
 	@.venv/bin/openinteractions demo $(ARGS)

@@ -291,7 +291,13 @@ async def _server(
     """Our server, once it is ready, and its port."""
     port = _free_port()
     command = [str(system.ROOT / ".venv/bin/openinteractions"), "serve"]
-    settings = {"OI_PORT": str(port), "OI_DATA_DIR": str(home), "OI_BOOTSTRAP_API_KEY": _KEY}
+    settings = {
+        "OI_PORT": str(port),
+        "OI_DATA_DIR": str(home),
+        "OI_BOOTSTRAP_API_KEY": _KEY,
+        # Sandboxes have a benchmark of their own.
+        "OI_SANDBOX__ENABLED": "off",
+    }
     async with system.child(command, log=log, environment={**settings, **environment}) as process:
         await _until_ready(process, port, log)
         yield process, port

@@ -7,6 +7,9 @@ import pytest
 from openinteractions.db import migrate
 from openinteractions.db.engine import Database
 from tests.db import postgres
+from tests.sandbox.engine import docker_engine
+
+__all__ = ["docker_engine"]
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openinteractions.errors import Invalid
-from openinteractions.netguard import Fetcher, Guard, Refused
+from openinteractions.netguard import Fetcher, Guard, Refused, Unwelcome
 
 PRIVATE = [
     "0.0.0.0", "10.0.0.1", "100.64.0.1", "127.0.0.1", "127.255.255.254", "169.254.169.254",
@@ -129,6 +129,24 @@ async def test_a_post_is_guarded_the_same(site: Site, guarded: Fetcher, host: st
     assert site.hits == []
 
 
+@pytest.mark.parametrize("host", LOOPBACK)
+async def test_a_form_is_guarded_the_same(site: Site, guarded: Fetcher, host: str):
+    with pytest.raises(Invalid):
+        await guarded.post_form(f"http://{host}:{site.port}/x", {}, {}, max_bytes=10)
+    assert site.hits == []
+
+
+async def test_a_form_is_sent_once_and_its_answer_is_bounded(site: Site, allowed: Fetcher):
+    base = f"http://127.0.0.1:{site.port}"
+    got = await allowed.post_form(f"{base}/x", {"a": "b c"}, {}, max_bytes=6)
+    assert got == (200, b"secret")
+    got = await allowed.post_form(f"{base}/to?u=/x", {}, {}, max_bytes=100)
+    assert got[0] == 302
+    with pytest.raises(Invalid, match="larger than 5 bytes"):
+        await allowed.post_form(f"{base}/x?hush", {}, {}, max_bytes=5)
+    assert site.hits == ["/x", "/to?u=/x", "/x?hush"]
+
+
 @pytest.mark.parametrize(
     "url",
     [
@@ -181,3 +199,31 @@ async def test_a_refusal_says_that_it_is_one(guarded: Fetcher):
         with pytest.raises(Refused) as caught:
             await guarded.fetch(f"http://{host}:9/")
         assert caught.value.code == "forbidden_address"
+
+
+async def test_a_stream_is_bounded_by_its_own_limit(site: Site, allowed: Fetcher):
+    url = f"http://127.0.0.1:{site.port}/to?u=/big"
+    async with allowed.stream(url, max_bytes=5000) as pieces:
+        assert len(b"".join([piece async for piece in pieces])) == 5000
+    async with allowed.stream(url, max_bytes=4999) as pieces:
+        with pytest.raises(Invalid, match="larger than 4999"):
+            [piece async for piece in pieces]
+
+
+@pytest.mark.parametrize("host", LOOPBACK)
+async def test_a_stream_is_guarded_the_same(site: Site, guarded: Fetcher, host: str):
+    with pytest.raises(Invalid):
+        async with guarded.stream(f"http://{host}:{site.port}/x", max_bytes=10):
+            pass
+    assert site.hits == []
+
+
+async def test_a_stream_says_what_it_was_answered(site: Site, allowed: Fetcher):
+    with pytest.raises(Unwelcome, match="answered 404") as caught:
+        async with allowed.stream(f"http://127.0.0.1:{site.port}/no", max_bytes=10):
+            pass
+    assert caught.value.answer == 404
+    elsewhere = f"http://127.0.0.1:{site.port}/to?u=http://10.0.0.1/"
+    with pytest.raises(Refused):
+        async with allowed.stream(elsewhere, max_bytes=10):
+            pass

@@ -22,29 +22,41 @@ from openinteractions.api.scope import Authenticator, CallerDep
 from openinteractions.errors import Forbidden, NotFound, Unready
 from openinteractions.jobs import overview
 from openinteractions.process import Process
+from openinteractions.resources.credentials import routes as credentials
+from openinteractions.resources.environment_files import routes as environment_files
+from openinteractions.resources.environment_files.uploads import Uploads
+from openinteractions.resources.environments import routes as environments
 from openinteractions.resources.files import routes as files
 from openinteractions.resources.interactions import routes as interactions
 from openinteractions.resources.interactions.recent import RecentRows
 from openinteractions.resources.interactions.service import Service
 from openinteractions.resources.webhooks import routes as webhooks
 from openinteractions.settings import Settings
-from openinteractions.wire.create import request_schemas
+from openinteractions.wire import create as wire_create
+from openinteractions.wire import credentials as wire_credentials
+from openinteractions.wire import environments as wire_environments
 
 _log = structlog.get_logger(__name__)
 
 _OK = 200
 VERSIONS = ("v1beta", "v1", "v1alpha")
 """The one that SDKs use first: routes are tried in order."""
-_EXPOSED = ["x-goog-upload-url", "x-goog-upload-status", "retry-after", "x-request-id"]
+_EXPOSED = [
+    "content-range",
+    "location",
+    "range",
+    "retry-after",
+    "x-goog-upload-status",
+    "x-goog-upload-url",
+    "x-request-id",
+]
 _LOOPBACK = r"(?:localhost|127(?:\.[0-9]{1,3}){3}|\[::1\])(?::[0-9]{1,5})?"
 _LOOPBACK_HOST = re.compile(_LOOPBACK.encode(), re.IGNORECASE)
 _LOOPBACK_ORIGIN = re.compile(b"https?://" + _LOOPBACK.encode(), re.IGNORECASE)
 _STILL_TO_COME = (
     "agents",
-    "environments",
     "triggers",
     "webhooks",
-    "credentials",
     "decisions",
     "voices",
 )
@@ -84,6 +96,9 @@ def create_app(
     app.state.public_url = (settings.public_url or "").rstrip("/")
     app.state.database = process.database
     app.state.deliverer = process.deliverer
+    app.state.vault = process.vault
+    app.state.environments = process.environments
+    app.state.uploads = Uploads(process.environments, process.sealer)
     app.state.process = process
     app.state.interactions = Service(
         database=process.database,
@@ -98,8 +113,19 @@ def create_app(
     errors.install(app)
     for version in VERSIONS:
         shown = version == "v1beta"
-        for router in (interactions.router, files.router, webhooks.router, _later()):
+        for router in (
+            interactions.router,
+            files.router,
+            webhooks.router,
+            credentials.router,
+            environment_files.router,
+            environments.router,
+            _later(),
+        ):
             app.include_router(router, prefix=f"/{version}", include_in_schema=shown)
+        app.include_router(
+            environment_files.upload_router, prefix=f"/upload/{version}", include_in_schema=shown
+        )
     app.include_router(webhooks.router)
     app.include_router(_operations())
     app.openapi = lambda: _openapi(app)
@@ -304,7 +330,9 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
             routes=app.routes,
         )
         components = schema.setdefault("components", {})
-        components.setdefault("schemas", {}).update(request_schemas())
+        schemas = components.setdefault("schemas", {})
+        for requests in (wire_create, wire_credentials, wire_environments):
+            schemas.update(requests.request_schemas())
         components["securitySchemes"] = {
             "api_key": {"type": "apiKey", "in": "header", "name": "x-goog-api-key"},
             "bearer": {"type": "http", "scheme": "bearer"},

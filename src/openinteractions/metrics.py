@@ -95,6 +95,28 @@ queue_oldest_seconds = Gauge(
     "oi_queue_oldest_seconds", "Age of the oldest job that is due.", ["kind"], registry=REGISTRY
 )
 workers_alive = Gauge("oi_workers_alive", "Processes that beat.", ["role"], registry=REGISTRY)
+sandboxes = Gauge(
+    "oi_sandboxes",
+    "Sandboxes of this broker: running for an environment, or warm.",
+    ["state"],
+    registry=REGISTRY,
+)
+sandbox_start_seconds = Histogram(
+    "oi_sandbox_start_seconds",
+    "Time until an environment has its sandbox: a warm one claimed, or a cold start.",
+    ["kind"],
+    buckets=_SECONDS,
+    registry=REGISTRY,
+)
+sandboxes_lost = Counter(
+    "oi_sandboxes_lost", "Sandboxes that ended without being stopped.", registry=REGISTRY
+)
+executions = Counter(
+    "oi_executions", "Commands that ended in sandboxes.", ["outcome"], registry=REGISTRY
+)
+egress = Counter(
+    "oi_egress", "Connections and requests out of sandboxes.", ["decision"], registry=REGISTRY
+)
 
 
 _Metric = TypeVar("_Metric", Counter, Histogram)

@@ -7,7 +7,8 @@ checked, so a name that changes its mind in between gains nothing.
 
 import base64
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from ipaddress import (
     IPv4Address,
@@ -17,7 +18,7 @@ from ipaddress import (
     ip_address,
 )
 from typing import Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urlencode, urljoin, urlsplit
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
@@ -27,6 +28,7 @@ from openinteractions.errors import Invalid
 
 _MAX_REDIRECTS = 5
 _TIMEOUT = aiohttp.ClientTimeout(total=60, sock_connect=10, sock_read=20)
+_STREAM_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=30)
 _CALLBACK_TIMEOUT = aiohttp.ClientTimeout(total=15, sock_connect=5)
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _NAT64 = IPv6Network("64:ff9b::/96")
@@ -45,6 +47,15 @@ class Refused(Invalid):
     """The guard does not let this address be reached."""
 
     code = "forbidden_address"
+
+
+class Unwelcome(Invalid):
+    """What was to be fetched was answered with another status than 200."""
+
+    def __init__(self, message: str, *, answer: int) -> None:
+        super().__init__(message)
+        self.answer = answer
+        """The status."""
 
 
 class Guard:
@@ -141,6 +152,33 @@ class Fetcher:
                 raise _explained(error, url) from error
         raise Invalid(f"Cannot fetch '{_shown(url)}': too many redirects.")
 
+    @asynccontextmanager
+    async def stream(self, url: str, *, max_bytes: int) -> AsyncGenerator[AsyncIterator[bytes]]:
+        """GET a URL piece by piece, whatever `max_bytes` of the fetcher is.
+
+        Raises:
+            Refused: It leads to an address that is not public.
+            Unwelcome: It has nothing to give; the error has the status.
+            Invalid: It is no http(s) URL, cannot be had, or is too large; the pieces raise it too.
+        """
+        for _ in range(_MAX_REDIRECTS + 1):
+            self._check(url)
+            try:
+                response = await self._open().get(
+                    url, allow_redirects=False, timeout=_STREAM_TIMEOUT
+                )
+            except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+                raise _explained(error, url) from error
+            async with response:
+                target = response.headers.get("Location")
+                if response.status in _REDIRECTS and target:
+                    url = urljoin(url, target)
+                    continue
+                _require_ok(response, url)
+                yield _pieces(response, url, max_bytes)
+                return
+        raise Invalid(f"Cannot fetch '{_shown(url)}': too many redirects.")
+
     async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> int:
         """POST to a URL, without following redirects; the answer's status.
 
@@ -154,6 +192,28 @@ class Fetcher:
                 url, data=body, headers=headers, allow_redirects=False, timeout=_CALLBACK_TIMEOUT
             ) as response:
                 return response.status
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+            raise _explained(error, url) from error
+
+    async def post_form(
+        self, url: str, fields: Mapping[str, str], headers: Mapping[str, str], *, max_bytes: int
+    ) -> tuple[int, bytes]:
+        """POST a form, without following redirects; the answer's status and body.
+
+        Raises:
+            Refused: It leads to an address that is not public.
+            Invalid: It is no http(s) URL, did not answer, or said too much; the message says so.
+        """
+        self._check(url)
+        try:
+            async with self._open().post(
+                url,
+                data=urlencode(fields).encode(),
+                headers={"Content-Type": "application/x-www-form-urlencoded", **headers},
+                allow_redirects=False,
+                timeout=_CALLBACK_TIMEOUT,
+            ) as response:
+                return response.status, await _bounded(response, url, max_bytes)
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
             raise _explained(error, url) from error
 
@@ -200,16 +260,38 @@ class Fetcher:
             raise Refused(f"The host '{host}' is an address that is not public.")
 
     async def _read(self, response: aiohttp.ClientResponse, url: str) -> Fetched:
-        if response.status != _OK:
-            raise Invalid(f"Cannot fetch '{_shown(url)}': it answered {response.status}.")
-        data = bytearray()
+        _require_ok(response, url)
+        data = await _bounded(response, url, self.max_bytes)
+        return Fetched(response.content_type, data, url)
+
+
+def _require_ok(response: aiohttp.ClientResponse, url: str) -> None:
+    if response.status != _OK:
+        message = f"Cannot fetch '{_shown(url)}': it answered {response.status}."
+        raise Unwelcome(message, answer=response.status)
+
+
+async def _pieces(
+    response: aiohttp.ClientResponse, url: str, max_bytes: int
+) -> AsyncGenerator[bytes]:
+    size = 0
+    try:
         async for chunk in response.content.iter_chunked(64 * 1024):
-            data += chunk
-            if len(data) > self.max_bytes:
-                raise Invalid(
-                    f"Cannot fetch '{_shown(url)}': it is larger than {self.max_bytes} bytes."
-                )
-        return Fetched(response.content_type, bytes(data), url)
+            size += len(chunk)
+            if size > max_bytes:
+                raise Invalid(f"Cannot fetch '{_shown(url)}': it is larger than {max_bytes} bytes.")
+            yield chunk
+    except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        raise _explained(error, url) from error
+
+
+async def _bounded(response: aiohttp.ClientResponse, url: str, max_bytes: int) -> bytes:
+    data = bytearray()
+    async for chunk in response.content.iter_chunked(64 * 1024):
+        data += chunk
+        if len(data) > max_bytes:
+            raise Invalid(f"Cannot fetch '{_shown(url)}': it is larger than {max_bytes} bytes.")
+    return bytes(data)
 
 
 def _explained(error: Exception, url: str) -> Invalid:

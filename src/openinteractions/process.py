@@ -4,6 +4,7 @@ The api and the worker are the same process with other tasks in it; a small set-
 """
 
 import asyncio
+import ssl
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -11,8 +12,8 @@ from dataclasses import dataclass
 import aiohttp
 import structlog
 
-from openinteractions import __version__, tracing
-from openinteractions.crypto import Sealer, master_key
+from openinteractions import __version__, crypto, tracing
+from openinteractions.crypto import Sealer, sealer
 from openinteractions.db.engine import Database
 from openinteractions.events.follow import Hub, Notifier, Tail
 from openinteractions.events.log import Writer
@@ -23,12 +24,16 @@ from openinteractions.loop.spec import Limits
 from openinteractions.models.catalog import Catalog
 from openinteractions.models.port import Model
 from openinteractions.netguard import Fetcher, Guard
+from openinteractions.resources.credentials.service import Vault
+from openinteractions.resources.environments.service import Environments, Rules
 from openinteractions.resources.interactions.lost import LostResponses
 from openinteractions.resources.webhooks.service import Deliverer
 from openinteractions.runs.executor import Executor
 from openinteractions.runs.history import Cache
 from openinteractions.runs.house import House
-from openinteractions.settings import Settings
+from openinteractions.sandbox.client import BrokerClient
+from openinteractions.sandbox.egress.policy import Reach
+from openinteractions.settings import SandboxSettings, Settings
 from openinteractions.worker import deliver, run, upkeep
 
 _log = structlog.get_logger(__name__)
@@ -36,7 +41,7 @@ _log = structlog.get_logger(__name__)
 _HISTORY_CACHE_BYTES = 64 * 2**20
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Process:
     """What a running process has open."""
 
@@ -48,6 +53,9 @@ class Process:
     executor: Executor
     lost: LostResponses
     deliverer: Deliverer
+    vault: Vault
+    sealer: Sealer
+    environments: Environments
 
 
 @asynccontextmanager
@@ -79,6 +87,14 @@ async def opened(settings: Settings, database: Database, *, role: str) -> AsyncG
         await stack.enter_async_context(writer.running())
         timing = Timing(settings.worker.heartbeat, settings.worker.dead_after)
         member = await stack.enter_async_context(Member(database, timing, role=role).joined())
+        key, old = settings.master_keys()
+        seal = await asyncio.to_thread(sealer, key, old, settings.home())
+        token = crypto.broker_token(
+            await asyncio.to_thread(crypto.master_key, key, settings.home())
+        )
+        client = BrokerClient(token, tls=_tls(settings.sandbox))
+        stack.push_async_callback(client.close)
+        environments = Environments(database, client, seal, fetcher, _rules(settings.sandbox))
         executor = Executor(
             House(
                 database=database,
@@ -93,19 +109,33 @@ async def opened(settings: Settings, database: Database, *, role: str) -> AsyncG
                     max_steps=settings.limits.max_steps,
                     max_seconds=settings.limits.max_run_time.total_seconds(),
                 ),
+                sandboxes=environments,
+                vendor_runs_code=settings.sandbox.code_execution == "vendor",
             )
         )
-        key = None if settings.master_key is None else settings.master_key.get_secret_value()
-        sealer = Sealer(await asyncio.to_thread(master_key, key, settings.home()))
-        deliverer = Deliverer(database, sealer, fetcher)
+        deliverer = Deliverer(database, seal, fetcher)
+        vault = Vault(database, seal, fetcher)
+        stack.push_async_callback(vault.close)
         if role != "api":
             await stack.enter_async_context(
-                _working(settings, database, member, executor, deliverer)
+                _working(settings, database, member, executor, deliverer, environments)
             )
         _log.info("process.ready", role=role, worker_id=member.worker_id)
         lost = LostResponses()
         await stack.enter_async_context(lost.watching(database))
-        yield Process(database, hub, tail, member, catalog, executor, lost, deliverer)
+        yield Process(
+            database=database,
+            hub=hub,
+            tail=tail,
+            member=member,
+            catalog=catalog,
+            executor=executor,
+            lost=lost,
+            deliverer=deliverer,
+            vault=vault,
+            sealer=seal,
+            environments=environments,
+        )
         _log.info("process.stopping", role=role, jobs=member.running)
 
 
@@ -116,6 +146,7 @@ async def _working(
     member: Member,
     executor: Executor,
     deliverer: Deliverer,
+    environments: Environments,
 ) -> AsyncGenerator[None]:
     """Take work from the queue while the context lasts."""
     claimer = Claimer(
@@ -134,6 +165,7 @@ async def _working(
                 database,
                 every=settings.worker.upkeep_interval,
                 keep_events=settings.event_retention,
+                expire_environments=environments.expire,
             ),
             name="upkeep",
         )
@@ -141,6 +173,21 @@ async def _working(
             yield
         finally:
             task.cancel()
+
+
+def _rules(settings: SandboxSettings) -> Rules:
+    return Rules(
+        ttl=settings.ttl,
+        log_retention=settings.log_retention,
+        ceiling=Reach(settings.ceiling.mode, settings.ceiling.domains),
+        skills_dir=settings.skills_dir,
+        gcs_url=settings.gcs_url,
+    )
+
+
+def _tls(settings: SandboxSettings) -> ssl.SSLContext | None:
+    """What brokers' certificates are checked with; None: the system's roots."""
+    return None if settings.tls_ca is None else ssl.create_default_context(cafile=settings.tls_ca)
 
 
 async def _local(

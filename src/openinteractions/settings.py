@@ -264,6 +264,11 @@ class SandboxSettings(_Group):
         chosen = self.data_dir
         return data / "sandboxes" if chosen is None else chosen.expanduser().absolute()
 
+    def engine_url(self) -> str:
+        """Where the container engine listens."""
+        usual = os.environ.get("DOCKER_HOST")  # noqa: TID251 - settings are the entry point
+        return self.docker_url or usual or "unix:///var/run/docker.sock"
+
 
 class LocalSettings(_Group):
     """The built-in local model."""
@@ -317,6 +322,8 @@ class Settings(BaseSettings):
     """An API key to make sure of at start, for scripted set-ups."""
     master_key: SecretStr | None = None
     """Seals secrets at rest: 32 bytes, base64; left out: a file in the data folder."""
+    old_master_keys: list[SecretStr] = Field(default_factory=list[SecretStr])
+    """Master keys that open what was sealed with them, but seal nothing more."""
     cors_origins: list[str] = Field(default_factory=lambda: ["*"])
     """Web origins that may call the API."""
     retention: Duration = timedelta(days=55)
@@ -372,6 +379,11 @@ class Settings(BaseSettings):
         root = os.environ.get("XDG_DATA_HOME")  # noqa: TID251 - settings are the entry point
         base = Path(root) if root else Path.home() / ".local" / "share"
         return base / "openinteractions"
+
+    def master_keys(self) -> tuple[str | None, list[str]]:
+        """The master key, None for the data folder's file, and the old ones."""
+        key = None if self.master_key is None else self.master_key.get_secret_value()
+        return key, [old.get_secret_value() for old in self.old_master_keys]
 
     def models_home(self) -> Path:
         """The folder of the local models' files, expanded; not created.

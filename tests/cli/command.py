@@ -23,7 +23,8 @@ START_S = 60
 
 def environment(home: Path, **variables: str) -> dict[str, str]:
     kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
-    return {**kept, "HOME": str(home), "OI_DATA_DIR": str(home / "data"), **variables}
+    mine = {"HOME": str(home), "OI_DATA_DIR": str(home / "data"), "OI_SANDBOX__ENABLED": "off"}
+    return {**kept, **mine, **variables}
 
 
 def run(home: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:

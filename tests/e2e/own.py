@@ -19,8 +19,16 @@ import asyncpg
 
 from openinteractions.db.embedded import running_url
 from tests.db.postgres import scratch
-from tests.e2e.server import _CONFIG as CONFIG
-from tests.e2e.server import BODY_SILENCE_S, KEY, MAX_BODY, SOURCES, UPSTREAM_KEYS, Fakes
+from tests.e2e.server import (
+    BODY_SILENCE_S,
+    CONFIG,
+    KEY,
+    MAX_BODY,
+    NO_SANDBOXES,
+    SOURCES,
+    UPSTREAM_KEYS,
+    Fakes,
+)
 
 _START_S = 90
 _COMMAND = Path(sys.executable).with_name("openinteractions")
@@ -120,6 +128,7 @@ def own_server(fakes: Fakes, *options: str, **variables: str) -> Generator[Own]:
                 **{name: fake.url for name, fake in fakes.all.items()},
                 **{f"{name}_key": key for name, key in UPSTREAM_KEYS.items()},
             )
+            + NO_SANDBOXES
         )
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]

@@ -37,7 +37,7 @@ START_S = 90
 SOURCES = Path(__file__).parents[2] / "src"
 """Of the tree that the tests stand in."""
 
-_CONFIG = """
+CONFIG = """
 bootstrap_api_key = "{key}"
 
 [providers.acme]
@@ -80,6 +80,11 @@ body_timeout = "{silence}s"
 
 [log]
 format = "json"
+"""
+
+NO_SANDBOXES = """
+[sandbox]
+enabled = "off"
 """
 
 
@@ -178,18 +183,22 @@ class Server:
 
 
 @contextmanager
-def serving(fakes: Fakes) -> Generator[Server]:
-    """Run `openinteractions serve` until the context ends; it must stop by itself on SIGTERM."""
+def serving(fakes: Fakes, more: str = NO_SANDBOXES) -> Generator[Server]:
+    """Run `openinteractions serve` until the context ends; it must stop by itself on SIGTERM.
+
+    `more` is added to its configuration.
+    """
     with scratch() as home:
         config = home / "config.toml"
         config.write_text(
-            _CONFIG.format(
+            CONFIG.format(
                 key=KEY,
                 max_body=MAX_BODY,
                 silence=BODY_SILENCE_S,
                 **{name: fake.url for name, fake in fakes.all.items()},
                 **{f"{name}_key": key for name, key in UPSTREAM_KEYS.items()},
             )
+            + more
         )
         log = home / "server.log"
         with log.open("wb") as err:

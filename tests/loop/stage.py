@@ -1,5 +1,6 @@
 """A run on a scripted model: real loop, ports that keep what they are given."""
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from openinteractions.loop.spec import RunSpec, RunState
 from openinteractions.models.catalog import Price, Target
 from openinteractions.models.port import Finished, Json, ModelCall, ModelEvent, TextDelta
 from openinteractions.models.port import Warning as Downgrade
+from openinteractions.tools.port import Done
+from openinteractions.tools.toolbox import toolbox
 
 USAGE = {"total_input_tokens": 100, "total_output_tokens": 20, "total_tokens": 120}
 
@@ -100,6 +103,7 @@ class Notebook:
     watched: bool = True
     events: list[Event] = field(default_factory=list)
     commits: list[tuple[list[Json], bytes]] = field(default_factory=list)
+    held: list[Event] = field(default_factory=list)
 
     @property
     def show(self):
@@ -108,8 +112,49 @@ class Notebook:
     def _take(self, *events: Event) -> None:
         self.events += events
 
+    def hold(self, *events: Event) -> None:
+        if self.watched:
+            self.held += events
+
     async def commit(self, steps: Sequence[Json], state: RunState) -> None:
+        self.events += self.held
+        self.held = []
         self.commits.append((list(steps), state.dump()))
+
+
+@dataclass
+class Bench:
+    """A workplace that keeps what it was asked, and ends commands as the test says."""
+
+    ends: list[Done | Exception] = field(default_factory=list)
+    executed: list[tuple[str, list[str], str | None]] = field(default_factory=list)
+    killed: list[str] = field(default_factory=list)
+    is_stuck: bool = False
+    journal: "Notebook | None" = None
+    commits_seen: list[int] = field(default_factory=list)
+    """How many commits there were when each command began."""
+
+    async def execute(
+        self,
+        key: str,
+        argv: Sequence[str],
+        *,
+        session: str | None = None,
+        timeout_s: float,
+        max_output_bytes: int,
+    ) -> Done:
+        self.executed.append((key, list(argv), session))
+        if self.journal is not None:
+            self.commits_seen.append(len(self.journal.commits))
+        if self.is_stuck:
+            await asyncio.Event().wait()
+        end = self.ends.pop(0)
+        if isinstance(end, Exception):
+            raise end
+        return end
+
+    async def kill(self, key: str) -> None:
+        self.killed.append(key)
 
 
 @dataclass
@@ -164,11 +209,14 @@ async def play(
     generated: Sequence[Json] = (),
     earlier: Sequence[bytes] = (),
     attempts: int = 3,
+    bench: Bench | None = None,
     **spec: Any,
 ) -> Scene:
     """Drive a run over these models, each the fallback of the one before."""
     names = [f"p{number}/m" for number in range(len(models))]
     journal = Notebook(watched)
+    if bench is not None:
+        bench.journal = journal
     run = Run(
         RunSpec(chain=spec.pop("chain", names), **spec),
         state or RunState(),
@@ -178,6 +226,7 @@ async def play(
             models=Models(dict(zip(names, models, strict=True)), price),
             history=Past(list(earlier)),
             journal=journal,
+            tools=toolbox(spec.get("own_tools", ()), bench),
             purse=purse,
             patience=Patience(attempts, timedelta(milliseconds=20)),
         ),

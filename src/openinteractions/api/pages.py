@@ -12,6 +12,8 @@ from openinteractions.errors import Invalid
 
 DEFAULT_SIZE = 50
 MAX_SIZE = 1000
+_MARK_BYTES = 8
+_FOREIGN = "Invalid value for 'page_token': it is not a token of this server."
 
 
 def size(text: str | None) -> int:
@@ -29,7 +31,12 @@ def size(text: str | None) -> int:
 
 def token(last: UUID, filters: Any) -> str:  # noqa: ANN401 - any JSON
     """The token of the page after `last`, for these filters only."""
-    return base64.urlsafe_b64encode(last.bytes + _mark(filters)).rstrip(b"=").decode()
+    return _token(last.bytes, filters)
+
+
+def text_token(last: str, filters: Any) -> str:  # noqa: ANN401 - any JSON
+    """Like `token`, where an item's place in the order is a text."""
+    return _token(last.encode(), filters)
 
 
 def parse(text: str | None, filters: Any) -> UUID | None:  # noqa: ANN401 - any JSON
@@ -40,15 +47,37 @@ def parse(text: str | None, filters: Any) -> UUID | None:  # noqa: ANN401 - any 
     """
     if not text:
         return None
+    last = _parsed(text, filters)
+    if len(last) != len(UUID(int=0).bytes):
+        raise Invalid(_FOREIGN)
+    return UUID(bytes=last)
+
+
+def parse_text(text: str | None, filters: Any) -> str | None:  # noqa: ANN401 - any JSON
+    """Like `parse`, for a token of `text_token`."""
+    if not text:
+        return None
+    try:
+        return _parsed(text, filters).decode()
+    except UnicodeDecodeError:
+        raise Invalid(_FOREIGN) from None
+
+
+def _token(last: bytes, filters: Any) -> str:  # noqa: ANN401 - any JSON
+    return base64.urlsafe_b64encode(last + _mark(filters)).rstrip(b"=").decode()
+
+
+def _parsed(text: str, filters: Any) -> bytes:  # noqa: ANN401 - any JSON
     try:
         raw = base64.b64decode(text.encode() + b"=" * (-len(text) % 4), b"-_", validate=True)
-        last = UUID(bytes=raw[:16])
     except (binascii.Error, ValueError):
-        raise Invalid("Invalid value for 'page_token': it is not a token of this server.") from None
-    if raw[16:] != _mark(filters):
+        raise Invalid(_FOREIGN) from None
+    if len(raw) <= _MARK_BYTES:
+        raise Invalid(_FOREIGN)
+    if raw[-_MARK_BYTES:] != _mark(filters):
         raise Invalid("Invalid value for 'page_token': it was issued for other filters.")
-    return last
+    return raw[:-_MARK_BYTES]
 
 
 def _mark(filters: Any) -> bytes:  # noqa: ANN401 - any JSON
-    return hashlib.sha256(orjson.dumps(filters, option=orjson.OPT_SORT_KEYS)).digest()[:8]
+    return hashlib.sha256(orjson.dumps(filters, option=orjson.OPT_SORT_KEYS)).digest()[:_MARK_BYTES]

@@ -2,9 +2,10 @@
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from openinteractions.cli import database as databases
+from openinteractions.cli import doctor_sandbox
+from openinteractions.cli.finding import BAD, EXIT, OK, WARN, Finding
 from openinteractions.db import migrate
 from openinteractions.db.engine import LOST, Database
 from openinteractions.errors import SetupError
@@ -14,23 +15,11 @@ from openinteractions.settings import Settings
 _LEAST_FREE_BYTES = 2**30
 _OLD_S = 60.0
 
-OK, WARN, BAD = "ok", "warning", "problem"
-EXIT = {OK: 0, WARN: 1, BAD: 2}
-"""Exit codes, by the worst finding."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that was looked at."""
-
-    level: str
-    what: str
-    advice: str = ""
-
 
 async def examine(settings: Settings) -> int:
     """Look at everything, print what was found, and return the exit code."""
     findings = list(_machine(settings))
+    findings += await doctor_sandbox.sandboxes(settings)
     try:
         async with databases.opened(settings, pool_size=2, attach=True) as database:
             findings += await _database(settings, database)
@@ -78,6 +67,7 @@ async def _database(settings: Settings, database: Database) -> list[Finding]:
     findings = [Finding(OK, "the database answers, and its schema is this version's")]
     findings += _workers(settings, seen)
     findings += _queue(seen)
+    findings += await doctor_sandbox.brokers(database)
     return findings
 
 

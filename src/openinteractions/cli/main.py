@@ -23,8 +23,10 @@ app = typer.Typer(
 )
 keys_app = typer.Typer(help="API keys.", no_args_is_help=True)
 models_app = typer.Typer(help="Local models.", no_args_is_help=True)
+secrets_app = typer.Typer(help="Secrets at rest.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 app.add_typer(models_app, name="models")
+app.add_typer(secrets_app, name="secrets")
 
 Config = Annotated[Path | None, typer.Option(help="The TOML file with the settings.")]
 DataDir = Annotated[Path | None, typer.Option(help="Embedded database and secrets.")]
@@ -112,7 +114,7 @@ def serve(
     settings = _settings(config, host=host, port=port, data_dir=data_dir)
     from openinteractions.cli import serve as command  # noqa: PLC0415 - as above
 
-    _run(command.serve(settings, auth=auth, worker=worker))
+    _run(command.serve(settings, auth=auth, worker=worker, config=config))
 
 
 @app.command()
@@ -122,6 +124,15 @@ def worker(*, config: Config = None) -> None:
     from openinteractions.cli import serve as command  # noqa: PLC0415 - as above
 
     _run(command.work(settings))
+
+
+@app.command()
+def broker(*, data_dir: DataDir = None, config: Config = None) -> None:
+    """Run a sandbox broker on the database of DATABASE_URL, beside its container engine."""
+    settings = _settings(config, data_dir=data_dir)
+    from openinteractions.cli import broker as command  # noqa: PLC0415 - as above
+
+    _run(command.run(settings))
 
 
 @app.command()
@@ -186,6 +197,22 @@ def doctor(*, data_dir: DataDir = None, config: Config = None) -> None:
         sys.exit(await command.examine(settings))
 
     _run(examine())
+
+
+@secrets_app.command("rotate")
+def secrets_rotate(
+    *,
+    new_key_file: Annotated[
+        Path | None, typer.Option(help="The new key, base64; one is made if left out.")
+    ] = None,
+    data_dir: DataDir = None,
+    config: Config = None,
+) -> None:
+    """Give the data folder a new master key, or seal everything with OI_MASTER_KEY."""
+    settings = _settings(config, data_dir=data_dir)
+    from openinteractions.cli import secrets as command  # noqa: PLC0415 - as above
+
+    _run(command.rotate(settings, new_key_file))
 
 
 @keys_app.command("create")

@@ -4,10 +4,10 @@ import asyncio
 import contextlib
 import gc
 import ipaddress
-import signal
 import socket
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Generator
+from pathlib import Path
 
 import structlog
 import uvicorn
@@ -15,6 +15,7 @@ import uvicorn
 from openinteractions import metrics
 from openinteractions.api.scope import Authenticator
 from openinteractions.app import create_app
+from openinteractions.cli import broker_child, signals
 from openinteractions.cli import database as databases
 from openinteractions.cli.protocol import BoundedHttpProtocol
 from openinteractions.db import migrate
@@ -29,7 +30,6 @@ _log = structlog.get_logger(__name__)
 
 # With the drain of the runs that follows it stays below the 30 s that orchestrators usually wait.
 _STOP_GRACE_S = 8
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class _Server(uvicorn.Server):
@@ -50,8 +50,13 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-async def serve(settings: Settings, *, auth: bool, worker: bool) -> None:
+async def serve(
+    settings: Settings, *, auth: bool, worker: bool, config: Path | None = None
+) -> None:
     """Run the api, and unless told otherwise a worker in the same process, until SIGTERM.
+
+    With the worker, and where a container engine answers, goes a broker as a child process; it
+    reads the same `config`.
 
     Without `auth` everybody on this machine is let in, and nobody else: the address must be a
     loopback one, and requests whose `Origin` or `Host` is not (`localhost`, 127.0.0.0/8, ::1, any
@@ -69,6 +74,11 @@ async def serve(settings: Settings, *, auth: bool, worker: bool) -> None:
         authenticate = await _authenticator(settings, database, auth=auth)
         role = "all" if worker else "api"
         async with contextlib.AsyncExitStack() as stack:
+            if worker:
+                # It is there for as long as runs may need it.
+                await stack.enter_async_context(
+                    broker_child.beside(settings, database, config=config)
+                )
             process = await stack.enter_async_context(opened(settings, database, role=role))
             if isinstance(authenticate, keys.Keyring):
                 await stack.enter_async_context(authenticate.watching())
@@ -89,7 +99,7 @@ async def serve(settings: Settings, *, auth: bool, worker: bool) -> None:
                 )
             )
             host, port = listener.getsockname()[:2]
-            _on_stop_signals(server.stop)
+            signals.on_stop(server.stop)
             _collect_rarely()
             _log.info("server.ready", url=_url(host, port), role=role)
             await server.serve([listener])
@@ -113,18 +123,10 @@ async def work(settings: Settings) -> None:
     async with databases.opened(settings) as database:
         await migrate.require_current(database)
         async with opened(settings, database, role="worker"):
-            _on_stop_signals(stop.set)
+            signals.on_stop(stop.set)
             _collect_rarely()
             await stop.wait()
     _log.info("worker.stopped")
-
-
-def _on_stop_signals(action: Callable[[], None]) -> None:
-    """From now on these signals do this. A signal that `nohup` or a shell ignores stays ignored."""
-    loop = asyncio.get_running_loop()
-    for number in _STOP_SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            loop.add_signal_handler(number, action)
 
 
 def _collect_rarely() -> None:

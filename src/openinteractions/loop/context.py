@@ -66,8 +66,8 @@ def cut_mark() -> Json:
     }
 
 
-def visible(steps: Sequence[Json]) -> list[Json]:
-    """The steps without broken turns and the notes about them."""
+def _dropped(steps: Sequence[Json]) -> set[int]:
+    """Which steps are broken turns, or notes about them."""
     dropped: set[int] = set()
     for index, step in enumerate(steps):
         note = step.get(NOTE) if step.get("type") == "thought" else None
@@ -78,11 +78,31 @@ def visible(steps: Sequence[Json]) -> list[Json]:
         # Counted in steps as they stand, earlier notes included.
         if isinstance(discards, int) and 0 < discards <= index:
             dropped.update(range(index - discards, index))
+    return dropped
+
+
+def visible(steps: Sequence[Json]) -> list[Json]:
+    """The steps without broken turns and the notes about them."""
+    dropped = _dropped(steps)
     return [
         step
         for index, step in enumerate(steps)
         if index not in dropped and not (step["type"] == "model_output" and step.get("error"))
     ]
+
+
+def open_calls(steps: Sequence[Json]) -> list[tuple[int, Json]]:
+    """Calls that have no result yet, in order, with their place; those of broken turns left out."""
+    dropped = _dropped(steps)
+    calls: dict[str, tuple[int, Json]] = {}
+    for index, step in enumerate(steps):
+        if index in dropped:
+            continue
+        if step["type"].endswith("_call"):
+            calls[step["id"]] = (index, step)
+        elif step["type"].endswith("_result"):
+            calls.pop(step["call_id"], None)
+    return list(calls.values())
 
 
 def for_model(steps: Sequence[Json], *, provider: str, model: str) -> list[Json]:

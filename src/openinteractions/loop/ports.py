@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
 
+from openinteractions.events.types import Event
 from openinteractions.loop.spec import RunState
 from openinteractions.loop.turn import Show
 from openinteractions.models.catalog import Price, Target
 from openinteractions.models.port import Json
+from openinteractions.tools.toolbox import Toolbox
 
 
 class Models(Protocol):
@@ -45,6 +47,10 @@ class Journal(Protocol):
     @property
     def show(self) -> Show | None:
         """Takes events for the stream's readers; None where nobody can be watching."""
+        ...
+
+    def hold(self, *events: Event) -> None:
+        """Keep events that the next commit shows, and nobody sees before it."""
         ...
 
     async def commit(self, steps: Sequence[Json], state: RunState) -> None:
@@ -99,6 +105,8 @@ class Ports:
     models: Models
     history: History
     journal: Journal
+    tools: Toolbox
+    """Those that this server runs."""
     purse: Purse | None
     """None where no budget is set for the key or project."""
     patience: Patience

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from openinteractions.errors import Invalid, ModelError, ModelRejected, ModelUnavailable, NotFound
-from openinteractions.loop.context import NOTE, resumption_note
+from openinteractions.loop.context import NOTE, open_calls, resumption_note
 from openinteractions.loop.limits import (
     BudgetSpent,
     cost_nanousd,
@@ -25,9 +25,11 @@ from openinteractions.loop.meter import Meter
 from openinteractions.loop.ports import Ports
 from openinteractions.loop.spec import RunSpec, RunState
 from openinteractions.loop.structured import arguments_mismatch, text_mismatch
-from openinteractions.loop.turn import RPC_UNAVAILABLE, Turn
+from openinteractions.loop.turn import RPC_UNAVAILABLE, Turn, whole_step_events
 from openinteractions.models.catalog import Target
 from openinteractions.models.port import Json, Media, ModelCall, ToolCall, Warning  # noqa: A004 - the contract's word
+from openinteractions.tools.port import Tool
+from openinteractions.tools.toolbox import toolbox
 from openinteractions.wire.usage import add_usage
 
 _log = structlog.get_logger(__name__)
@@ -95,17 +97,13 @@ class Run:
         except TimeoutError:
             if not scope.expired():
                 raise
-            self.interrupt("The run's time limit is reached.")
+            await self.interrupt("The run's time limit is reached.")
             message = f"The limit max_seconds = {limit:g} is reached."
             return Outcome("budget_exceeded", [{"code": "budget_exceeded", "message": message}])
 
     async def _drive(self) -> Outcome:
         try:
-            while True:
-                turn = await self._ask()
-                outcome = await self._judge(turn)
-                if outcome is not None:
-                    return outcome
+            return await self._turns()
         except Failed as end:
             return end.outcome
         except BudgetSpent as spent:
@@ -113,11 +111,20 @@ class Run:
         finally:
             self.state.seconds = self._earlier_s + time.monotonic() - self._began
 
-    def interrupt(self, message: str, *, code: int = 1) -> None:
-        """Close the turn that was under way; what it has shown stays, marked as broken."""
+    async def _turns(self) -> Outcome:
+        outcome = await self._take_up()
+        while outcome is None:
+            outcome = await self._judge(await self._ask())
+        return outcome
+
+    async def interrupt(self, message: str, *, code: int = 1) -> None:
+        """Close what was under way: what it has shown stays, marked, and what runs is stopped."""
         turn, self._turn = self._turn, None
         if turn is not None:
             self._keep(turn.break_off(code, message, starts_anew=False))
+        for index, step, tool in self._own_open_calls():
+            await tool.stop(self._key(index))
+            self._add(_answered(tool.failure(message), step))
 
     # ---- asking
 
@@ -230,11 +237,15 @@ class Run:
         self._clamped = room is not None and (asked is None or room < asked)
         if self._clamped:
             generation["max_output_tokens"] = room
-        call = call_for(self.spec, target, messages, generation)
+        call = call_for(self.spec, target, messages, generation, is_free=self._has_called)
         output = int(generation.get("max_output_tokens") or 0)
         price = target.price
         worst = round(tokens * price.input + output * price.output) if price else 0
         return call, {"tokens": tokens + output, "nanousd": worst}
+
+    @property
+    def _has_called(self) -> bool:
+        return any(self._ports.tools.of_step(step) for step in self.generated)
 
     @property
     def _is_limited(self) -> bool:
@@ -275,6 +286,45 @@ class Run:
         turn.add_whole(resumption_note(kind=kind, text=text, discards=len(turn.steps)))
         await self._commit(turn.steps)
 
+    # ---- executing
+
+    async def _take_up(self) -> Outcome | None:
+        """Go on with the calls that an earlier owner has committed; None to ask the model."""
+        if not self.generated:
+            return None
+        await self._run_calls()
+        return self._parked()
+
+    async def _run_calls(self) -> None:
+        """Execute the committed calls that have no result yet, and commit each result."""
+        for index, step, tool in self._own_open_calls():
+            problem = arguments_mismatch(step["arguments"], tool.declaration())
+            if problem is None:
+                result = await tool.run(step, self._key(index))
+            else:
+                result = tool.failure(f"Not executed: {problem}.")
+            self._add(_answered(result, step))
+            await self._commit(())
+
+    def _parked(self) -> Outcome | None:
+        """The run waits for its caller, where a function of the caller's was called."""
+        waits = any(step["type"] == "function_call" for _, step in open_calls(self.generated))
+        return Outcome("requires_action") if waits else None
+
+    def _own_open_calls(self) -> list[tuple[int, Json, Tool]]:
+        found = [(i, s, self._ports.tools.of_step(s)) for i, s in open_calls(self.generated)]
+        return [(index, step, tool) for index, step, tool in found if tool is not None]
+
+    def _key(self, index: int) -> str:
+        """Names a call for good: its step, as GET numbers the interaction's steps (ruling R4)."""
+        return str(len(self._inputs) + index)
+
+    def _add(self, step: Json) -> None:
+        """Add a whole step, which is shown when it is committed."""
+        if self._ports.journal.show is not None:
+            self._ports.journal.hold(*whole_step_events(len(self.generated), step))
+        self._keep([step])
+
     # ---- judging
 
     async def _judge(self, turn: Turn) -> Outcome | None:
@@ -302,8 +352,9 @@ class Run:
         return await self._repair_answer(turn, problem)
 
     async def _judge_calls(self, turn: Turn) -> Outcome | None:
-        functions = {t["name"]: t for t in self.spec.tools if t["type"] == "function"}
-        problems = [_problem(call, functions) for call in turn.calls]
+        declared = [*self.spec.tools, *self._ports.tools.declarations()]
+        functions = {tool["name"]: tool for tool in declared if tool["type"] == "function"}
+        problems = [self._problem(call, functions) for call in turn.calls]
         if any(problems) and self.state.repairs < _MAX_REPAIRS:
             self._ask_for_better_calls(turn, problems)
             return None
@@ -317,14 +368,34 @@ class Run:
                 what = "arguments that are not a JSON object"
             message = f"The model called {hopeless.name!r}: {what}."
             raise Failed("failed", "invalid_tool_call", message)
-        turn.reveal_calls()
-        self._keep(turn.steps)
+        turn.reveal_calls(self._ports.tools, self._ports.journal.hold)
         warnings = [
             Warning("arguments_mismatch", f"steps.{call.name}.arguments", problem)
             for call, problem in zip(turn.calls, problems, strict=True)
             if problem is not None
         ]
-        return Outcome("requires_action", warnings=warnings)
+        return await self._act(turn, warnings)
+
+    async def _act(self, turn: Turn, warnings: list[Warning]) -> Outcome | None:
+        """Do what a turn's calls ask for; None to ask the model again."""
+        if all(self._ports.tools.find(call.name) is None for call in turn.calls):
+            self._keep(turn.steps)
+            return Outcome("requires_action", warnings=warnings)
+        self.state.repairs = 0
+        await self._commit(turn.steps)
+        await self._run_calls()
+        outcome = self._parked()
+        if outcome is not None:
+            outcome.warnings += warnings
+        return outcome
+
+    def _problem(self, call: ToolCall, functions: Mapping[str, Json]) -> str | None:
+        """What is wrong with a call; what is wrong with a tool's of ours is its result."""
+        if call.malformed is not None:
+            return f"the arguments are not a JSON object: {call.malformed[:_MALFORMED_CHARS]}"
+        if self._ports.tools.find(call.name) is not None:
+            return None
+        return arguments_mismatch(call.arguments, functions.get(call.name))
 
     def _ask_for_better_calls(self, turn: Turn, problems: Sequence[str | None]) -> None:
         """Tell the model what is wrong with its calls. No reader has seen them."""
@@ -390,10 +461,18 @@ class Run:
         await self._ports.journal.commit(fresh, self.state)
 
 
-def _problem(call: ToolCall, functions: Mapping[str, Json]) -> str | None:
-    if call.malformed is not None:
-        return f"the arguments are not a JSON object: {call.malformed[:_MALFORMED_CHARS]}"
-    return arguments_mismatch(call.arguments, functions.get(call.name))
+def _answered(result: Json, call: Json) -> Json:
+    """A result's step, bound to its call."""
+    return {**result, "call_id": call["id"]}
+
+
+def _freed(choice: str | Json | None) -> str | Json | None:
+    """The choice of tools without the demand to call one: it would never come to an answer."""
+    if choice == "any":
+        return "auto"
+    if isinstance(choice, dict) and choice["allowed_tools"].get("mode") == "any":
+        return {"allowed_tools": {**choice["allowed_tools"], "mode": "auto"}}
+    return choice
 
 
 def _about(call: ModelCall, turn: Turn) -> Json:
@@ -408,15 +487,28 @@ def _about(call: ModelCall, turn: Turn) -> Json:
 
 
 def call_for(
-    spec: RunSpec, target: Target, messages: Sequence[bytes], generation: Json
+    spec: RunSpec,
+    target: Target,
+    messages: Sequence[bytes],
+    generation: Json,
+    *,
+    is_free: bool = False,
 ) -> ModelCall:
-    """The call that a spec makes of a model."""
+    """The call that a spec makes of a model.
+
+    Args:
+        spec: What the run was told.
+        target: Which model.
+        messages: The conversation.
+        generation: The generation config.
+        is_free: The model has called a tool, so it need not be made to call one again.
+    """
     return ModelCall(
         model=target.model,
         messages=messages,
         system=spec.system,
-        tools=spec.tools,
-        tool_choice=spec.tool_choice,
+        tools=[*spec.tools, *toolbox(spec.own_tools, None).declarations()],
+        tool_choice=_freed(spec.tool_choice) if is_free else spec.tool_choice,
         generation=generation,
         json_schema=spec.json_schema,
         response_formats=spec.response_formats,

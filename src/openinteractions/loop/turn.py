@@ -25,6 +25,7 @@ from openinteractions.models.port import (
     ToolCall,
     VendorStep,
 )
+from openinteractions.tools.toolbox import Toolbox
 from openinteractions.wire import deltas
 from openinteractions.wire.events import encode, step_delta, step_start, step_stop
 
@@ -85,13 +86,13 @@ class Turn:
             case Finished():
                 self.finished = event
 
-    def add_whole(self, step: Json) -> None:
-        """Add a step that is there all at once."""
+    def add_whole(self, step: Json, *, show: Show | None = None) -> None:
+        """Add a step that is there all at once; `show` takes its events, if not the turn's own."""
         index = self._next
         self.steps.append(step)
         self._next += 1
         if self._show is not None:
-            self._show(*whole_step_events(index, step))
+            (show or self._show)(*whole_step_events(index, step))
 
     def call_steps(self) -> list[Json]:
         """The held-back calls as `function_call` steps; a missing id is minted once."""
@@ -110,11 +111,21 @@ class Turn:
             ]
         return self._call_steps
 
-    def reveal_calls(self) -> None:
-        """Close what is open and add the held-back calls to the steps."""
+    def reveal_calls(self, tools: Toolbox, hold: Show) -> None:
+        """Close what is open and add the held-back calls to the steps.
+
+        Where one of them is this server's, none is shown before it is committed: a reader must not
+        see a call that no worker knows of.
+        """
         self._close()
-        for step in self.call_steps():
-            self.add_whole(step)
+        own = [tools.find(call.name) for call in self.calls]
+        show = hold if any(own) else None
+        for call, step, tool in zip(self.calls, self.call_steps(), own, strict=True):
+            if tool is not None:
+                kept = {key: step[key] for key in ("id", "signature") if key in step}
+                self.add_whole({**tool.call_step(call), **kept}, show=show)
+            else:
+                self.add_whole(step, show=show)
 
     def close(self) -> list[Json]:
         """Close what is open; every step of the turn. Until then the turn can be broken off."""

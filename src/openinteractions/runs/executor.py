@@ -3,13 +3,14 @@
 import asyncio
 import contextlib
 import time
+from dataclasses import replace
 from uuid import UUID
 
 import orjson
 import structlog
 
 from openinteractions import metrics
-from openinteractions.errors import LeaseLost
+from openinteractions.errors import LeaseLost, NotFound
 from openinteractions.events.types import parse_row
 from openinteractions.jobs import queue
 from openinteractions.jobs.queue import Job
@@ -27,6 +28,7 @@ from openinteractions.runs.house import House
 from openinteractions.runs.stored import StoredRun
 from openinteractions.runs.unstored import InMemory
 from openinteractions.wire.create import CreateInteraction
+from openinteractions.wire.environments import environment_id
 
 _log = structlog.get_logger(__name__)
 
@@ -46,17 +48,37 @@ class Executor:
         return self._house.member.worker_id
 
     async def prepare(
-        self, project_id: UUID, request: CreateInteraction, base_url: str
+        self, project_id: UUID, request: CreateInteraction, base_url: str, inherited: UUID | None
     ) -> Prepared:
         """Resolve a request and make sure that its model can serve it."""
         house = self._house
-        return await prepare.prepare(
+        prepared = await prepare.prepare(
             request,
             house.catalog,
             house.inliner(project_id),
             defaults=house.limits,
             base_url=base_url,
+            vendor_runs_code=house.vendor_runs_code,
         )
+        if prepared.needs_environment:
+            if prepared.needs_sandbox:
+                await house.sandboxes.require_broker()
+            environment_id = await self._environment(project_id, request, inherited)
+            return replace(prepared, environment_id=environment_id)
+        return prepared
+
+    async def _environment(
+        self, project_id: UUID, request: CreateInteraction, inherited: UUID | None
+    ) -> UUID:
+        """Where a run works: as it asks, else where the interaction before it did, else anew."""
+        sandboxes = self._house.sandboxes
+        if request.environment is not None:
+            return await sandboxes.resolve(project_id, request.environment)
+        if inherited is not None:
+            # It may have expired meanwhile.
+            with contextlib.suppress(NotFound):
+                return await sandboxes.resolve(project_id, environment_id(inherited))
+        return await sandboxes.resolve(project_id, "remote")
 
     def start(self, lease: Lease) -> "asyncio.Future[Ended | None]":
         """Run a stored interaction that this process has owned since its create."""

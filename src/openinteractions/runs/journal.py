@@ -75,8 +75,8 @@ class DatabaseJournal:
         """Write the run's end; returns the interaction's `updated_at`."""
         return await _whole(self._finish(steps, state, ending))
 
-    def end_events(self, events: Sequence[Event]) -> None:
-        """Hold events that the next commit or finish writes, and nobody sees before it."""
+    def hold(self, *events: Event) -> None:
+        """Keep events that the next commit or finish writes, and nobody sees before it."""
         if self._row.logged:
             self._held += events
 
@@ -231,6 +231,11 @@ class MemoryJournal:
         """Queue events for the reader."""
         self.events.extend(events)
         self.wake.set()
+
+    def hold(self, *events: Event) -> None:
+        """Queue events for the reader: nothing here is ever taken back."""
+        if self._wants_events:
+            self.emit(*events)
 
     async def commit(self, steps: Sequence[Json], state: RunState) -> None:
         """Nothing is durable."""

@@ -13,6 +13,7 @@ from openinteractions.models.port import Json, Warning  # noqa: A004 - the contr
 from openinteractions.resources.files import media
 from openinteractions.resources.interactions.runner import Prepared
 from openinteractions.runs.history import Inliner
+from openinteractions.tools.toolbox import SANDBOXED
 from openinteractions.wire.create import CreateInteraction
 
 _NANO = 1_000_000_000
@@ -36,6 +37,7 @@ async def prepare(
     *,
     defaults: Limits,
     base_url: str,
+    vendor_runs_code: bool,
 ) -> Prepared:
     """Resolve a request and make sure that its model can serve it.
 
@@ -46,12 +48,18 @@ async def prepare(
     _refuse_later_features(request)
     assert request.model is not None
     tools = [_tool(tool, number) for number, tool in enumerate(request.tools)]
+    chain = catalog.resolve(request.model)
+    kinds = {catalog.providers[catalog.open(name).provider] for name in chain}
+    is_vendors = vendor_runs_code and kinds == {"gemini"}
+    own = [] if is_vendors else [tool for tool in tools if tool["type"] in SANDBOXED]
+    _refuse_doubles(request, own)
     if request.json_schema:
         require_schema(request.json_schema, "response_format.schema")
     spec = RunSpec(
-        chain=catalog.resolve(request.model),
+        chain=chain,
         system=request.system_instruction,
-        tools=tools,
+        tools=[tool for tool in tools if tool not in own],
+        own_tools=own,
         tool_choice=request.tool_choice,
         generation=request.generation_config,
         json_schema=None if request.json_schema is None else enforced(request.json_schema),
@@ -75,6 +83,8 @@ async def prepare(
         provider=target.provider,
         steps=steps,
         warnings=[asdict(warning) for warning in warnings],
+        needs_environment=bool(own) or request.environment is not None,
+        needs_sandbox=bool(own),
     )
 
 
@@ -97,7 +107,6 @@ def _refuse_later_features(request: CreateInteraction) -> None:
     """What this version does not have yet gets a clear answer, never silence (invariant 10)."""
     missing = {
         "agent": request.agent is not None,
-        "environment": request.environment is not None,
         "cached_content": request.cached_content is not None,
         f"model '{request.model}'": request.model is not None and _is_agent(request.model),
     }
@@ -107,10 +116,23 @@ def _refuse_later_features(request: CreateInteraction) -> None:
             raise Invalid(f"{shown} is not supported by this version of the server yet.")
     if not request.store and any(f.get("delivery") == "uri" for f in request.media_formats):
         raise Invalid("'response_format.delivery' can only be 'uri' where 'store' is not false.")
+    if not request.store and request.environment is not None:
+        raise Invalid("'environment' needs 'store': interactions in one environment take turns.")
     if request.continuation_token is not None:
         raise Invalid(
             "Invalid value at 'continuation_token': this server has issued no such token."
         )
+
+
+def _refuse_doubles(request: CreateInteraction, own: list[Json]) -> None:
+    """A model tells tools apart by their names."""
+    for tool in own:
+        for number, other in enumerate(request.tools):
+            if other["type"] == "function" and other["name"] == tool["type"]:
+                raise Invalid(
+                    f"Invalid value at 'tools[{number}].name': '{tool['type']}' is a tool of the "
+                    "server's in this request; give the function another name."
+                )
 
 
 def _is_agent(name: str) -> bool:

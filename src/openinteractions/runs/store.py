@@ -80,7 +80,7 @@ values ($1, $2, $3, $4, $5, $6, $7, $8)
 _LOAD = """
 select id, project_id, segment_id, depth, previous_id, status, model, agent, background, logged,
        input_form, input_count, echo, usage, errors, warnings, created_at, updated_at,
-       spec, run_state, key_id, webhook,
+       environment_id, spec, run_state, key_id, webhook,
        exists (select from budgets b where b.project_id = i.project_id
                   and (b.key_id is null or b.key_id = i.key_id))
   from interactions i where id = $1 and deleted_at is null

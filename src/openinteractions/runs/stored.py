@@ -28,6 +28,8 @@ from openinteractions.runs.journal import DatabaseJournal
 from openinteractions.runs.prepare import Plan
 from openinteractions.runs.purse import DayPurse
 from openinteractions.runs.store import Ending, Line, Progress, Spend
+from openinteractions.tools.toolbox import toolbox
+from openinteractions.wire.environments import environment_id
 from openinteractions.wire.events import (
     completed,
     encode,
@@ -139,12 +141,14 @@ async def _drive(house: House, stored: StoredRun) -> Ended:
     history = house.history(row.project_id, line, ready)
     purse = DayPurse(house.database, row.project_id, stored.key_id) if stored.is_budgeted else None
     await _close_broken(stored, journal)
+    spec = RunSpec.load(stored.spec) if plan is None else plan.spec
+    tools = toolbox(spec.own_tools, house.workplace(row.environment_id, row.id, stored.epoch))
     run = Run(
-        RunSpec.load(stored.spec) if plan is None else plan.spec,
+        spec,
         stored.state,
         inputs=stored.inputs,
         generated=stored.generated,
-        ports=house.ports(history, journal, purse),
+        ports=house.ports(history, journal, purse, tools),
     )
     outcome = await _outcome(house, stored, run)
     ended = await _finish(stored, run, journal, outcome)
@@ -160,25 +164,27 @@ async def _outcome(  # noqa: PLR0911 - one for each way to end
     """Drive the loop; a limit of time, a cancel and a bug are outcomes too."""
     interaction_id = stored.interaction.id
     if stored.is_cancelled:
+        await run.interrupt("The interaction was cancelled.")
         return Outcome("cancelled")
     if stored.is_hopeless:
         message = "The run's workers died too often without progress."
+        await run.interrupt(message)
         return Outcome("failed", [{"code": "worker_lost", "message": message}])
     try:
         return await run.drive()
     except asyncio.CancelledError:
         if not house.member.was_cancelled(interaction_id):
             raise
-        run.interrupt("The interaction was cancelled.")
+        await run.interrupt("The interaction was cancelled.")
         return Outcome("cancelled")
     except (LeaseLost, *LOST):
         raise
     except EngineError as failure:
-        run.interrupt(failure.message)
+        await run.interrupt(failure.message)
         return Outcome("failed", [{"code": failure.code, "message": failure.message}])
     except Exception:  # noqa: BLE001 - a bug ends its run, not its worker
         _log.exception("run.crashed", interaction_id=interaction_id.hex)
-        run.interrupt("Internal error.")
+        await run.interrupt("Internal error.")
         message = "Internal error. The server's log has the details."
         return Outcome("failed", [{"code": "internal", "message": message}])
 
@@ -202,19 +208,19 @@ async def _close_broken(stored: StoredRun, journal: DatabaseJournal) -> None:
             last["content"] = [*last.get("content", ()), cut_mark()]
             position = Position(index, stored.shown[-1].position.offset + 1)
             delta = encode(step_delta(index, cut_mark()))
-            journal.end_events([Event("d", position, delta)])
-        journal.end_events([Event.stop(index, encode(step_stop(index)))])
+            journal.hold(Event("d", position, delta))
+        journal.hold(Event.stop(index, encode(step_stop(index))))
     if goes_on:
         if answers and (is_finished or last["type"] != "model_output"):
             steps.append({"type": "model_output", "content": [cut_mark()], "error": fault})
-            journal.end_events(whole_step_events(first + len(steps) - 1, steps[-1]))
+            journal.hold(*whole_step_events(first + len(steps) - 1, steps[-1]))
         note = resumption_note(
             kind="resumed",
             text="The answer was interrupted; it starts again below.",
             discards=len(steps),
         )
         steps.append(note)
-        journal.end_events(whole_step_events(first + len(steps) - 1, note))
+        journal.hold(*whole_step_events(first + len(steps) - 1, note))
     await journal.record(steps, stored.state)
     stored.generated += steps
 
@@ -224,7 +230,7 @@ async def _finish(stored: StoredRun, run: Run, journal: DatabaseJournal, outcome
     state = run.state
     usage = state.usage or dict(EMPTY_USAGE)
     if row.logged:
-        journal.end_events(_last_events(row, outcome, usage))
+        journal.hold(*_last_events(row, outcome, usage))
     warnings = [*orjson.loads(row.warnings or b"[]"), *map(asdict, outcome.warnings)]
     ending = Ending(
         status=outcome.status,
@@ -304,6 +310,8 @@ def _last_events(row: Interaction, outcome: Outcome, usage: Json) -> list[Event]
         "updated": clock.rfc3339(clock.now()),
         "usage": usage,
     }
+    if row.environment_id is not None:
+        fields["environment_id"] = environment_id(row.environment_id)
     if row.echo is not None:
         fields["service_tier"] = orjson.loads(row.echo).get("service_tier")
     events = [Event("f", ENDED, encode(completed(fields)))]

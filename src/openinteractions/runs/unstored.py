@@ -10,6 +10,7 @@ import structlog
 
 from openinteractions import clock, ids
 from openinteractions.db.engine import LOST
+from openinteractions.errors import AppError
 from openinteractions.events.types import CREATED, ENDED, IN_PROGRESS, Event
 from openinteractions.loop.run import Outcome, Run
 from openinteractions.loop.spec import RunSpec, RunState
@@ -21,6 +22,7 @@ from openinteractions.runs.journal import MemoryJournal
 from openinteractions.runs.purse import DayPurse
 from openinteractions.runs.store import Line
 from openinteractions.runs.stored import spend_of
+from openinteractions.tools.toolbox import toolbox
 from openinteractions.wire.events import completed, created, encode, error, status_update
 from openinteractions.wire.usage import EMPTY_USAGE
 
@@ -102,19 +104,32 @@ class InMemory:
         purse = None
         if asked.is_budgeted:
             purse = DayPurse(house.database, asked.project_id, asked.key_id)
+        spec = RunSpec.load(asked.spec)
+        tools = toolbox(spec.own_tools, house.workplace(asked.environment_id, ids.uuid7(), 1))
         run = Run(
-            RunSpec.load(asked.spec),
+            spec,
             RunState(),
             inputs=asked.steps,
             generated=[],
-            ports=house.ports(house.history(asked.project_id, line), self._journal, purse),
+            ports=house.ports(house.history(asked.project_id, line), self._journal, purse, tools),
         )
         try:
             outcome = await run.drive()
         finally:
             # Also where the caller went away: what was answered was paid for.
-            await asyncio.shield(self._pay(run))
+            await asyncio.shield(self._end(run))
         return self._ended(run, outcome)
+
+    async def _end(self, run: Run) -> None:
+        await self._pay(run)
+        environment_id = self._unstored.environment_id
+        if environment_id is None:
+            return
+        try:
+            await self._house.sandboxes.delete(self._unstored.project_id, environment_id.hex)
+        except (AppError, *LOST) as error:
+            # It expires like any other.
+            _log.warning("environment.not_removed", error=str(error))
 
     async def _pay(self, run: Run) -> None:
         paid = spend_of(run, self._unstored.key_id)

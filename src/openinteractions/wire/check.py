@@ -5,6 +5,7 @@ import unicodedata
 from typing import Any, cast
 
 from openinteractions.errors import Invalid
+from openinteractions.wire.environment import public_source
 from openinteractions.wire.explain import shown
 from openinteractions.wire.fields import Json
 
@@ -219,19 +220,11 @@ def _public_environment(environment: str | Json) -> str | Json:
         return environment
     public = _without(environment, "env")
     if "sources" in public:
-        public["sources"] = [_public_source(source) for source in public["sources"]]
+        public["sources"] = [public_source(source) for source in public["sources"]]
     network = public.get("network")
     allowed = cast("Json", network).get("allowlist") if isinstance(network, dict) else None
     if isinstance(allowed, list):
         entries = cast("list[Json]", allowed)
         hosts = [_without(entry, "transform", "credential") for entry in entries]
         public["network"] = {"allowlist": hosts}
-    return public
-
-
-def _public_source(source: Json) -> Json:
-    """Contents may be large and may be secret, as may be what stands before an `@` in a URL."""
-    public = _without(source, "content")
-    if "source" in public:
-        public["source"] = _USERINFO.sub("", public["source"])
     return public

@@ -1,18 +1,17 @@
 """The request that creates an interaction."""
 
 import re
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, cast
 
-import orjson
 from pydantic import TypeAdapter, with_config
 from typing_extensions import TypedDict
 
 from openinteractions.errors import Invalid
 from openinteractions.wire import check
+from openinteractions.wire.body import read
 from openinteractions.wire.environment import Environment
-from openinteractions.wire.explain import drop_nulls, validated
+from openinteractions.wire.explain import validated
 from openinteractions.wire.fields import FIRST_FAULT, REQUEST, Json, Name
 from openinteractions.wire.normalise import InputForm, check_calls, to_steps
 from openinteractions.wire.options import (
@@ -27,10 +26,6 @@ from openinteractions.wire.options import (
 )
 from openinteractions.wire.steps import Input
 from openinteractions.wire.tools import Tool
-
-MAX_CONTAINERS = 300_000
-MAX_DEPTH = 200
-"""orjson writes 254 levels; a request is stored and shown inside other objects."""
 
 MAX_STEPS = 30_000
 """A step's number has 15 bits in the database; the rest is left to what is generated."""
@@ -138,7 +133,7 @@ def parse_create(raw: bytes | Json, *, max_depth: int) -> CreateInteraction:
     Raises:
         Invalid: The first and most useful thing that is wrong with it.
     """
-    body = cast("Json", validated(CREATE, _read(raw, max_depth=min(max_depth, MAX_DEPTH))))
+    body = cast("Json", validated(CREATE, read(CREATE, raw, max_depth=max_depth)))
     check.combinations(body)
     form, steps = _steps(body)
     previous, branch_step = _branch(body.get("previous_interaction_id"))
@@ -177,47 +172,6 @@ def parse_create(raw: bytes | Json, *, max_depth: int) -> CreateInteraction:
         cached_content=body.get("cached_content"),
         echo=check.echo(body),
     )
-
-
-def _read(raw: bytes | Json, *, max_depth: int) -> Json:
-    try:
-        text = raw if isinstance(raw, bytes) else orjson.dumps(raw)
-        containers = text.count(b"{") + text.count(b"[")
-        if containers > MAX_CONTAINERS:
-            # Building them takes far longer than their few bytes suggest.
-            raise Invalid(f"The request body has more than {MAX_CONTAINERS} objects and arrays.")
-        value: object = orjson.loads(text)
-    except (orjson.JSONDecodeError, orjson.JSONEncodeError) as error:
-        raise Invalid(f"The request body is not valid JSON: {error}.") from None
-    if not isinstance(value, dict):
-        raise Invalid("The request body must be a JSON object.")
-    body = cast("Json", value)
-    # No body is nested deeper than it has opening brackets, and counting them is cheap.
-    if containers > max_depth:
-        _check_depth(body, max_depth)
-    if b"null" in text:
-        drop_nulls(CREATE, body)
-    return body
-
-
-def _check_depth(body: Json, max_depth: int) -> None:
-    level: list[object] = [body]
-    for _ in range(max_depth):
-        level = [item for container in level for item in _inside(container)]
-        if not level:
-            return
-    raise Invalid(f"The request body is nested deeper than {max_depth} levels.")
-
-
-def _inside(container: object) -> Iterator[object]:
-    """The containers that are directly in this one."""
-    if isinstance(container, dict):
-        items: Iterable[object] = cast("dict[str, object]", container).values()
-    else:
-        items = cast("list[object]", container)
-    for item in items:
-        if isinstance(item, (dict, list)):
-            yield cast("object", item)
 
 
 def _steps(body: Json) -> tuple[InputForm, list[Json]]:

@@ -1,11 +1,20 @@
 """The `environment` of a request: sources, network and variables of a sandbox."""
 
-from typing import Annotated, Literal, Required, TypeAlias
+import re
+from typing import Annotated, Literal, Required, TypeAlias, cast
 
 from pydantic import Tag, with_config
 from typing_extensions import TypedDict
 
-from openinteractions.wire.fields import BY_SHAPE, LOWER, REQUEST, Name
+from openinteractions.errors import Invalid
+from openinteractions.wire.explain import shown
+from openinteractions.wire.fields import BY_SHAPE, LOWER, REQUEST, Json, Name
+
+MAX_VARIABLES = 500
+MAX_VALUE_BYTES = 64 * 1024
+
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
+_USERINFO = re.compile(r"(?<=://)[^/\s]*@")
 
 
 @with_config(REQUEST)
@@ -77,3 +86,61 @@ Environment: TypeAlias = Annotated[
     Annotated[Name, Tag("string")] | Annotated[EnvironmentConfig, Tag("object")], BY_SHAPE
 ]
 """`"remote"`, the id of an environment, or a configuration."""
+
+
+def variables(env: Json | list[Json]) -> dict[str, Json]:
+    """The variables of an `env`, whichever form it has: name → `{"value"}` or `{"credential"}`.
+
+    Raises:
+        Invalid: A name is none, a value cannot be one, or a name is given twice.
+    """
+    maps = env if isinstance(env, list) else [env]
+    found: dict[str, Json] = {}
+    for name, value in (pair for one in maps for pair in one.items()):
+        if not _VARIABLE.fullmatch(name):
+            raise Invalid(
+                f"Invalid name '{shown(name)}' at 'env': expected letters, digits and '_', "
+                "no digit first."
+            )
+        if name in found:
+            raise Invalid(f"Duplicate name '{shown(name)}' at 'env'.")
+        found[name] = _variable(name, value)
+    if len(found) > MAX_VARIABLES:
+        raise Invalid(f"Invalid value at 'env': expected at most {MAX_VARIABLES} variables.")
+    return found
+
+
+def _variable(name: str, value: str | Json) -> Json:
+    given: Json = {"value": value} if isinstance(value, str) else value
+    if len(given) != 1:
+        raise Invalid(f"Invalid value at 'env.{name}': expected one of 'value' and 'credential'.")
+    text: str = given.get("value", "")
+    if "\0" in text:
+        raise Invalid(f"Invalid value at 'env.{name}': it holds a NUL character.")
+    if len(text.encode("utf-8", "surrogatepass")) > MAX_VALUE_BYTES:
+        raise Invalid(f"Invalid value at 'env.{name}': expected at most {MAX_VALUE_BYTES} bytes.")
+    return dict(given)
+
+
+def public_source(source: Json) -> Json:
+    """A source as its caller may see it again.
+
+    Contents may be large and may be secret, as may be what stands before an `@` in a URL.
+    """
+    public = {key: value for key, value in source.items() if key != "content"}
+    if "source" in public:
+        public["source"] = _USERINFO.sub("", public["source"])
+    return public
+
+
+def public_network(network: str | Json) -> str | Json:
+    """A network configuration as its caller may see it again: without what `transform` adds."""
+    allowed = network if isinstance(network, str) else network.get("allowlist")
+    if not isinstance(allowed, list):
+        return network
+    entries = cast("list[Json]", allowed)
+    return {
+        "allowlist": [
+            {key: value for key, value in entry.items() if key != "transform"} for entry in entries
+        ]
+    }

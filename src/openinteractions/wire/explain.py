@@ -130,14 +130,17 @@ def _at(path: str) -> str:
 
 def _unknown(place: _Place) -> str:
     key = str(place.key)
-    # Looking for a likeness costs more than the key's length: none is longer.
-    if len(key) > _SHOWN_CHARS:
-        return f"Unknown parameter '{shown(key)}'{_at(place.parent)}."
-    snake = _CAMEL.sub(r"_\1", key).lower()
-    known = list(place.known)
+    return f"Unknown parameter '{shown(key)}'{_at(place.parent)}.{likeness(key, place.known)}"
+
+
+def likeness(name: str, known: Sequence[str]) -> str:
+    """What to add to a message about an unknown name: the known one that it was meant to be."""
+    # Looking for it costs more than the name's length: none is longer.
+    if len(name) > _SHOWN_CHARS:
+        return ""
+    snake = _CAMEL.sub(r"_\1", name).lower()
     near = [snake] if snake in known else difflib.get_close_matches(snake, known, n=1, cutoff=0.7)
-    hint = f" Did you mean '{near[0]}'?" if near else ""
-    return f"Unknown parameter '{shown(key)}'{_at(place.parent)}.{hint}"
+    return f" Did you mean '{near[0]}'?" if near else ""
 
 
 def _bad_enum(path: str, value: object, expected: str) -> str:

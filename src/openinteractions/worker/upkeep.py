@@ -4,12 +4,14 @@
   dropped, once no interaction in them runs any more. Streams of their interactions are then read
   from the steps.
 - Interactions whose retention is over are deleted, a few at a time, as their owner would.
+- Environments that were not used for long expire, and their brokers remove their files.
 - Small leftovers go: lost answers, given-up deliveries, blobs that nothing refers to.
 """
 
 import asyncio
 import contextlib
 import re
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
@@ -110,17 +112,25 @@ delete from blobs b
 """
 
 
-async def for_ever(database: Database, *, every: timedelta, keep_events: timedelta) -> None:
+async def for_ever(
+    database: Database,
+    *,
+    every: timedelta,
+    keep_events: timedelta,
+    expire_environments: Callable[[], Awaitable[object]],
+) -> None:
     """Do the upkeep again and again.
 
     Args:
         database: Where.
         every: How often.
         keep_events: How long the event log of an interaction that has ended is kept.
+        expire_environments: Lets environments go that were not used for long.
     """
     while True:
         try:
             await once(database, keep_events=keep_events)
+            await expire_environments()
         except LOST as error:
             _log.warning("upkeep.failed", error=type(error).__name__)
         except Exception:  # noqa: BLE001 - what is put off till next time must not end the process

@@ -9,6 +9,7 @@ from openinteractions import clock, ids
 from openinteractions.resources.interactions.runner import Ended
 from openinteractions.resources.interactions.store import Interaction, StoredStep
 from openinteractions.wire.create import CreateInteraction
+from openinteractions.wire.environments import environment_id
 from openinteractions.wire.normalise import InputForm, restore_input
 
 
@@ -25,6 +26,8 @@ def head(row: Interaction) -> dict[str, Any]:
         result["model"] = row.model
     if row.agent is not None:
         result["agent"] = row.agent
+    if row.environment_id is not None:
+        result["environment_id"] = environment_id(row.environment_id)
     return result
 
 

@@ -24,6 +24,11 @@ class Prepared:
     steps: list[dict[str, Any]]
     """The input, with what it refers to fetched where the model needs it."""
     warnings: list[dict[str, Any]]
+    needs_environment: bool = False
+    needs_sandbox: bool = False
+    """It has tools that run in one."""
+    environment_id: UUID | None = None
+    """The sandbox that it works in; it is then left to the queue."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +73,8 @@ class Unstored:
     history_idx: int | None
     warnings: list[dict[str, Any]]
     stream: bool
+    environment_id: UUID | None = None
+    """A sandbox of its own, which goes with it."""
 
 
 class MemoryRun(Protocol):
@@ -95,11 +102,12 @@ class Runner(Protocol):
         ...
 
     async def prepare(
-        self, project_id: UUID, request: CreateInteraction, base_url: str
+        self, project_id: UUID, request: CreateInteraction, base_url: str, inherited: UUID | None
     ) -> Prepared:
         """Resolve a request and make sure that its model can serve it.
 
-        `base_url` is where this server is reached, for URIs that it hands out.
+        `base_url` is where this server is reached, for URIs that it hands out. `inherited` is the
+        environment of the interaction that this one continues.
 
         Raises:
             Invalid: Something in it cannot be honoured; the message names it.

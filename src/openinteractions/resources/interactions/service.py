@@ -174,10 +174,17 @@ async def find_earlier(service: Service, caller: Caller, asked: Asked) -> Intera
 async def create_stored(service: Service, caller: Caller, asked: Asked) -> Started:
     """Write an interaction with its input, and start its run here or leave it to the queue."""
     request = asked.request
-    prepared = await service.runner.prepare(caller.project_id, request, asked.base_url)
+    parent = await _parent(service, caller, request, remembered=True)
+    prepared = await service.runner.prepare(
+        caller.project_id,
+        request,
+        asked.base_url,
+        None if parent is None else parent.row.environment_id,
+    )
     # At the end of its line is where most turns go; who finds that place taken opens a new line.
     for branch in (False, True, True):
-        parent = await _parent(service, caller, request, remembered=not branch)
+        if branch:
+            parent = await _parent(service, caller, request)
         place = _place(parent, branch=branch)
         started = await _try_create(service, caller, asked, prepared, parent, place)
         if started is not None:
@@ -250,9 +257,9 @@ async def create_unstored(
     service: Service, caller: Caller, request: CreateInteraction, base_url: str
 ) -> MemoryRun:
     """Start an interaction that leaves nothing behind but what it cost (ruling R16)."""
-    prepared = await service.runner.prepare(caller.project_id, request, base_url)
     parent = await _parent(service, caller, request)
     row = None if parent is None else parent.row
+    prepared = await service.runner.prepare(caller.project_id, request, base_url, None)
     place = None
     if row is not None:
         place = Place(segment_id=row.segment_id, depth=row.depth)
@@ -268,6 +275,7 @@ async def create_unstored(
             history_idx=None if parent is None else parent.cut,
             warnings=prepared.warnings,
             stream=request.stream,
+            environment_id=prepared.environment_id,
         )
     )
 
@@ -369,7 +377,9 @@ async def _try_create(
     """One try; None if another turn took the place, or the parent was deleted, meanwhile."""
     request = asked.request
     interaction_id = ids.uuid7()
-    epoch = 0 if request.background else _OWNED
+    # What works in a sandbox waits for its turn there, and may outlive its caller.
+    is_queued = request.background or prepared.environment_id is not None
+    epoch = 0 if is_queued else _OWNED
     steps = await _store_media(service, caller.project_id, prepared, place)
     first_events = _first_events(interaction_id, request) if request.stream else []
     start = first_seq(epoch) + 1
@@ -392,7 +402,7 @@ async def _try_create(
         retention=caller.retention or service.retention,
         provider=prepared.provider,
         created_by=service.runner.worker_id,
-        worker_id=None if request.background else service.runner.worker_id,
+        worker_id=None if is_queued else service.runner.worker_id,
         first_seq=start,
         first_events=join(first_events),
         rank=_RANK[request.service_tier or "standard"],
@@ -400,6 +410,7 @@ async def _try_create(
         webhook=None if request.webhook_config is None else orjson.dumps(request.webhook_config),
         idempotency_key=asked.idempotency_key,
         request_hash=asked.digest,
+        environment_id=prepared.environment_id,
         trace=orjson.dumps(tracing.carrier()).decode(),
     )
     try:
@@ -409,7 +420,7 @@ async def _try_create(
     if created_at is None:
         return None
     row = _row(new, created_at)
-    if request.background:
+    if is_queued:
         await queue.wake(service.database)
         return Started(row, None, first_events, start)
     lease = Lease(
@@ -514,6 +525,7 @@ def _row(new: NewInteraction, created_at: datetime) -> Interaction:
         warnings=new.warnings,
         created_at=created_at,
         updated_at=created_at,
+        environment_id=new.environment_id,
     )
 
 

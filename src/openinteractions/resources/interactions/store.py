@@ -15,7 +15,8 @@ from openinteractions.db.engine import Database
 from openinteractions.jobs.queue import LOST_CHANNEL
 
 _COLUMNS = """id, project_id, segment_id, depth, previous_id, status, model, agent, background,
- logged, input_form, input_count, echo, usage, errors, warnings, created_at, updated_at"""
+ logged, input_form, input_count, echo, usage, errors, warnings, created_at, updated_at,
+ environment_id"""
 
 # The parent is locked: a delete that races with this either sees the new turn or makes it absent.
 _CREATE = """
@@ -26,10 +27,10 @@ with parent as (
   insert into interactions
     (id, project_id, key_id, segment_id, depth, previous_id, status, model, agent, background,
      logged, input_form, input_count, labels, echo, spec, warnings, expires_at, webhook,
-     idempotency_key, request_hash, created_by)
+     idempotency_key, request_hash, created_by, environment_id)
   select $1, $2, $3, $4, $5, $6::uuid, 'in_progress', $7, $8, $9, $10::boolean, $11, $12,
          $13::jsonb, $14, $15, $16, now() + $17::interval, $29::bytea, $30, $31::bytea,
-         $34::bigint
+         $34::bigint, $35::uuid
    where $6 is null or exists (select from parent)
   on conflict (segment_id, depth) do nothing
   returning id, created_at
@@ -38,9 +39,9 @@ with parent as (
   select $4, $2, $18::uuid, $19::int, $20::smallint from turn where $18 is not null
 ), job as (
   insert into jobs (id, project_id, kind, provider, state, worker_id, epoch, attempt, rank_at,
-                    max_attempts, args)
+                    max_attempts, args, key)
   select id, $2, 'run', $21::text, u.taken, $22, u.taken, u.taken, now() + $28::interval, $32,
-         $33::text::jsonb
+         $33::text::jsonb, $35::uuid::text
     from turn, (select case when $22::bigint is null then 0 else 1 end) as u(taken)
 ), input as (
   insert into steps (segment_id, depth, idx, project_id, type, media, data)
@@ -94,6 +95,7 @@ class Interaction:
     warnings: bytes | None
     created_at: datetime
     updated_at: datetime
+    environment_id: UUID | None = None
 
     @property
     def is_running(self) -> bool:
@@ -148,6 +150,8 @@ class NewInteraction:
     webhook: bytes | None
     idempotency_key: str | None
     request_hash: bytes
+    environment_id: UUID | None
+    """The sandbox it works in; runs in one sandbox take turns."""
     trace: str
     """The trace that the run continues: a JSON object, empty where there is none."""
 
@@ -208,6 +212,7 @@ def _values(new: NewInteraction) -> tuple[object, ...]:
         new.max_attempts,
         new.trace,
         new.created_by,
+        new.environment_id,
     )
 
 

@@ -1,0 +1,21 @@
+"""Names of resources in paths."""
+
+from starlette.convertors import Convertor, register_url_convertor
+
+
+class _Environment(Convertor[str]):
+    """An environment's id, with or without its collection before it: `{name:environment}`.
+
+    Not `path`: what follows the id may have the same words in it.
+    """
+
+    regex = "(?:environments/)?[^/]+"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("environment", _Environment())

@@ -1,0 +1,1 @@
+"""The broker process: the only program that talks to the container engine."""

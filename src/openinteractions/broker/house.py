@@ -1,0 +1,443 @@
+"""The environments of this broker: their files, and those of them that run.
+
+An environment has a slot here from its first use. Its sandbox starts with the first command, stops
+when it has been idle for long (its files stay), and comes back with the next one. Whatever changes
+its state holds the slot's lock.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Generator, Iterable
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+from uuid import UUID
+
+import structlog
+
+from openinteractions import metrics
+from openinteractions.broker import store
+from openinteractions.broker.egress import EgressLog, Projects
+from openinteractions.broker.launcher import Launcher
+from openinteractions.broker.live import Live, Running
+from openinteractions.broker.rules import Rules, Setup
+from openinteractions.broker.store import Row
+from openinteractions.broker.tasks import Tasks
+from openinteractions.db.engine import Database
+from openinteractions.errors import NotFound, Unready
+from openinteractions.resources.environments import store as environments
+from openinteractions.sandbox.disk import Disks
+from openinteractions.sandbox.egress.state import Egress
+from openinteractions.sandbox.files.tree import Tree
+from openinteractions.sandbox.pipe import Pipe
+from openinteractions.sandbox.port import BackendDown, Gone, Json, SandboxError
+
+_log = structlog.get_logger(__name__)
+
+_BUSY_RETRY_S: Final = 5.0
+_TIDY_S: Final = 5.0
+_DISK_IDLE_S: Final = 60.0
+
+
+@dataclass(eq=False)
+class Slot:
+    """One environment's place."""
+
+    id: UUID
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    live: Live | None = None
+    running: dict[str, Running] = field(default_factory=dict[str, Running])
+    """Executions without a stored result."""
+    leftover: str | None = None
+    """A container that could not be removed."""
+    is_open: bool = False
+    """Its disk was opened, and not released since."""
+    is_clean: bool = False
+    """What a broker before has not finished in its files was removed."""
+    uses: int = 0
+    last_used: float = field(default_factory=time.monotonic)
+
+    @contextmanager
+    def used(self) -> Generator[None]:
+        """It is in use until the context ends."""
+        self.uses += 1
+        try:
+            yield
+        finally:
+            self.uses -= 1
+            self.touch()
+
+    def touch(self) -> None:
+        """It has just been used."""
+        self.last_used = time.monotonic()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether somebody uses it now, or it is about to change."""
+        return bool(self.uses or self.running or self.lock.locked())
+
+    @property
+    def idle_s(self) -> float:
+        """How long nobody has used it."""
+        return 0.0 if self.uses or self.running else time.monotonic() - self.last_used
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What a house is built of."""
+
+    database: Database
+    disks: Disks
+    launcher: Launcher
+    rules: Rules
+    projects: Projects
+    egress_log: EgressLog
+    tasks: Tasks
+
+
+class House:
+    """All of them."""
+
+    def __init__(self, name: str, parts: Parts, *, max_running: int, idle_stop_s: float) -> None:
+        self.name = name
+        """The broker's."""
+        self.parts = parts
+        self.max_running = max_running
+        self._idle_stop_s = idle_stop_s
+        self.problem: str | None = "The broker has not asked its container engine yet."
+        """Why no sandbox can be started now."""
+        self.is_complete = False
+        """What a broker before has left running is known."""
+        self._slots: dict[UUID, Slot] = {}
+        self._starting = 0
+
+    # Looking.
+
+    @property
+    def running(self) -> int:
+        """How many sandboxes run."""
+        return self._starting + sum(1 for slot in self._slots.values() if slot.live is not None)
+
+    def slot(self, environment_id: UUID) -> Slot:
+        """An environment's slot; made if it has none."""
+        return self._slots.setdefault(environment_id, Slot(environment_id))
+
+    def slots(self) -> Iterable[Slot]:
+        """All slots."""
+        return list(self._slots.values())
+
+    def show(self) -> list[Json]:
+        """What is here, for the operator."""
+        return [
+            {
+                "id": slot.id.hex,
+                "state": "stopped" if slot.live is None else "running",
+                "idle_s": round(slot.idle_s, 3),
+                "executions": sorted(slot.running),
+            }
+            for slot in self._slots.values()
+        ]
+
+    async def row(self, environment_id: UUID) -> Row:
+        """An environment's row, which must be this broker's.
+
+        Raises:
+            NotFound: There is none, or it is deleted or expired.
+            Unready: Another broker has it, or none yet.
+        """
+        row = await store.environment(self.parts.database, environment_id)
+        if row is None or row.is_gone:
+            raise NotFound(f"No such environment: {environment_id.hex}.")
+        if row.broker != self.name:
+            raise Unready(
+                f"The environment {environment_id.hex} is not with this broker.", retry_after_s=1
+            )
+        return row
+
+    # Files.
+
+    @asynccontextmanager
+    async def files(self, environment_id: UUID) -> AsyncGenerator[Path]:
+        """The root of an environment's tree, mounted while the context lasts.
+
+        Raises:
+            NotFound: No such environment, or its files are lost.
+        """
+        slot = self.slot(environment_id)
+        with slot.used():
+            async with slot.lock:
+                root = await self._opened(slot, await self.row(environment_id))
+            yield root
+
+    @asynccontextmanager
+    async def tree(self, environment_id: UUID) -> AsyncGenerator[Tree]:
+        """An environment's files, to be worked on. Errors as in `files`."""
+        async with self.files(environment_id) as root:
+            slot, uid = self.slot(environment_id), self.parts.disks.uid
+            tree = Tree(root, uid=uid, gid=uid, environment=environment_id.hex)
+            if not slot.is_clean:
+                slot.is_clean = True
+                await tree.clean()
+            yield tree
+
+    async def ensure(self, environment_id: UUID, source: UUID | None) -> None:
+        """Have an environment's disk, empty or a copy of another one's.
+
+        Raises:
+            NotFound: No such environment, or no such source.
+        """
+        slot = self.slot(environment_id)
+        with slot.used():
+            origin = None if source is None else await self.row(source)
+            async with slot.lock:
+                row = await self.row(environment_id)
+                if row.has_disk:
+                    await self._opened(slot, row)
+                elif origin is not None and origin.has_disk:
+                    await self._fork(origin, row)
+                else:
+                    await self._opened(slot, row)
+
+    async def usage(self, environment_id: UUID) -> tuple[int, int]:
+        """Files of an environment and their bytes."""
+        async with self.files(environment_id):
+            found = await self.parts.disks.usage(environment_id.hex)
+        return found.file_count, found.size_bytes
+
+    async def delete(self, environment_id: UUID) -> None:
+        """Stop an environment and remove its files, whatever its row says."""
+        slot = self.slot(environment_id)
+        async with slot.lock:
+            await self._stop(slot, "deleted")
+            await self.parts.disks.delete(environment_id.hex)
+            slot.is_open = False
+        self.parts.projects.drop(environment_id)
+        self._slots.pop(environment_id, None)
+        _log.info("environment.deleted", environment_id=environment_id.hex)
+
+    async def _opened(self, slot: Slot, row: Row) -> Path:
+        """The tree of a row's environment, made at its first use."""
+        disks = self.parts.disks
+        if not row.has_disk:
+            await disks.ensure(row.id.hex)
+            await environments.set_disk(self.parts.database, row.id, has_disk=True)
+        try:
+            root = await disks.open(row.id.hex)
+        except Gone:
+            _log.error("environment.files_lost", environment_id=row.id.hex)
+            raise Gone(
+                f"The files of environment {row.id.hex} are lost: its broker has no disk of it."
+            ) from None
+        slot.is_open = True
+        return root
+
+    async def _fork(self, origin: Row, row: Row) -> None:
+        await self.parts.disks.fork(origin.id.hex, row.id.hex)
+        await environments.set_disk(self.parts.database, row.id, has_disk=True)
+        _log.info("environment.forked", environment_id=row.id.hex, from_environment=origin.id.hex)
+
+    # Running.
+
+    @asynccontextmanager
+    async def sandbox(self, environment_id: UUID) -> AsyncGenerator[Live]:
+        """The running sandbox of an environment, started if need be; in use meanwhile."""
+        slot = self.slot(environment_id)
+        with slot.used():
+            async with slot.lock:
+                live = await self.activate(slot, await self.row(environment_id))
+            yield live
+
+    async def activate(self, slot: Slot, row: Row) -> Live:
+        """Have an environment's sandbox running; the caller holds the slot's lock.
+
+        Raises:
+            Unready: There is no room, or the engine is away.
+            SandboxError: It does not start.
+        """
+        slot.touch()
+        live = slot.live
+        if live is not None:
+            try:
+                await live.usable()
+            except Gone:
+                await self._bury(slot, live)
+                live = None
+        if live is None:
+            self.check_ready()
+            root = await self._opened(slot, row)
+            await self._make_room()
+            self._starting += 1
+            try:
+                live = await self._start(slot, row, root)
+            finally:
+                self._starting -= 1
+        elif live.revision != row.revision:
+            configure(live, await self.parts.rules.load(row))
+        return live
+
+    def check_ready(self) -> None:
+        """Refuse what needs a new sandbox, where none is to be had.
+
+        Raises:
+            Unready: With the reason.
+        """
+        if self.problem is not None:
+            raise Unready(f"No sandbox can be started: {self.problem}", retry_after_s=_BUSY_RETRY_S)
+
+    async def refresh(self, environment_id: UUID) -> None:
+        """Read an environment's rules and variables anew."""
+        slot = self._slots.get(environment_id)
+        if slot is None:
+            return
+        async with slot.lock:
+            if slot.live is not None and not slot.live.gone.is_set():
+                row = await self.row(environment_id)
+                configure(slot.live, await self.parts.rules.load(row))
+
+    async def stop(self, environment_id: UUID, why: str) -> None:
+        """Stop an environment's sandbox, and what runs in it; its files stay."""
+        slot = self._slots.get(environment_id)
+        if slot is not None:
+            async with slot.lock:
+                await self._stop(slot, why)
+
+    def adopt(self, slot: Slot, row: Row, ref: str, pipe: Pipe, egress: Egress) -> Live:
+        """Take a sandbox in that runs."""
+        live = Live(row.id, row.project_id, ref, pipe, egress)
+        slot.live = live
+        slot.touch()
+        self.parts.tasks.spawn(self._watch(slot, live), name=f"sandbox-{row.id.hex}")
+        self._count()
+        return live
+
+    def egress(self, row: Row, setup: Setup) -> Egress:
+        """The way out of an environment."""
+        self.parts.projects.add(row.id, row.project_id)
+        return Egress(row.id.hex, setup.policy, setup.credential_ids)
+
+    async def _start(self, slot: Slot, row: Row, root: Path) -> Live:
+        began = time.monotonic()
+        launcher = self.parts.launcher
+        if slot.leftover is not None:
+            await launcher.remove(slot.leftover)
+            slot.leftover = None
+        setup = await self.parts.rules.load(row)
+        egress = self.egress(row, setup)
+        ref, pipe, kind = await launcher.launch(row.id, root, egress)
+        live = self.adopt(slot, row, ref, pipe, egress)
+        configure(live, setup)
+        seconds = time.monotonic() - began
+        metrics.child(metrics.sandbox_start_seconds, kind).observe(seconds)
+        _log.info(
+            "environment.started",
+            environment_id=row.id.hex,
+            kind=kind,
+            seconds=round(seconds, 3),
+        )
+        return live
+
+    async def _make_room(self) -> None:
+        """Stop the idlest sandboxes until there is room for one more.
+
+        Raises:
+            Unready: All are busy.
+        """
+        while self.running >= self.max_running:
+            idle = [slot for slot in self._slots.values() if slot.live and not slot.is_busy]
+            if not idle:
+                raise Unready(
+                    f"All {self.max_running} sandboxes of this broker are busy "
+                    "(setting sandbox.max_running).",
+                    retry_after_s=_BUSY_RETRY_S,
+                )
+            victim = min(idle, key=lambda slot: slot.last_used)
+            async with victim.lock:
+                if not (victim.uses or victim.running):
+                    await self._stop(victim, "room needed")
+
+    async def _stop(self, slot: Slot, why: str) -> None:
+        """The caller holds the lock."""
+        live = slot.live
+        if live is not None:
+            for running in list(slot.running.values()):
+                running.is_stopped = True
+            await live.leave()
+            slot.live = None
+            await self._remove(slot, live)
+            self._count()
+            _log.info("environment.stopped", environment_id=slot.id.hex, why=why)
+        if slot.is_open:
+            slot.is_open = not await self.parts.disks.release(slot.id.hex)
+
+    async def _bury(self, slot: Slot, live: Live) -> None:
+        """Clear up after a sandbox that has ended by itself."""
+        if slot.live is not live:
+            return
+        slot.live = None
+        metrics.sandboxes_lost.inc()
+        _log.warning("sandbox.lost", environment_id=slot.id.hex, executions=sorted(slot.running))
+        live.is_leaving = True
+        await live.pipe.close()
+        await self._remove(slot, live)
+        self._count()
+
+    async def _remove(self, slot: Slot, live: Live) -> None:
+        try:
+            await self.parts.launcher.remove(live.ref)
+        except (BackendDown, SandboxError) as error:
+            slot.leftover = live.ref
+            _log.warning(
+                "sandbox.not_removed", environment_id=slot.id.hex, error=type(error).__name__
+            )
+
+    async def _watch(self, slot: Slot, live: Live) -> None:
+        launcher = self.parts.launcher
+        if await live.keep(lambda: launcher.attach(live.ref, live.egress)):
+            return
+        async with slot.lock:
+            await self._bury(slot, live)
+
+    def _count(self) -> None:
+        metrics.sandboxes.labels("running").set(self.running)
+
+    # Tidying.
+
+    async def tidy_for_ever(self) -> None:
+        """Stop what has been idle for long, and unmount what nobody reads."""
+        pause_s = min(_TIDY_S, max(self._idle_stop_s / 4, 0.1))
+        while True:
+            await asyncio.sleep(pause_s)
+            for slot in self.slots():
+                if slot.is_busy:
+                    continue
+                try:
+                    await self._tidy(slot)
+                except Exception:  # noqa: BLE001 - the others are tidied all the same
+                    _log.exception("environment.not_tidied", environment_id=slot.id.hex)
+
+    async def _tidy(self, slot: Slot) -> None:
+        async with slot.lock:
+            if slot.uses or slot.running:
+                return
+            if slot.live is not None:
+                if slot.idle_s >= self._idle_stop_s:
+                    await self._stop(slot, "idle")
+            elif slot.idle_s >= _DISK_IDLE_S:
+                if slot.is_open:
+                    slot.is_open = not await self.parts.disks.release(slot.id.hex)
+                if not slot.is_open and slot.leftover is None:
+                    self._slots.pop(slot.id, None)
+
+    async def let_go(self) -> None:
+        """At the broker's end: sandboxes and what runs in them live on."""
+        for slot in self.slots():
+            if slot.live is not None:
+                await slot.live.leave()
+
+
+def configure(live: Live, setup: Setup) -> None:
+    """Give a sandbox its rules, for whatever connects from now on, and its commands' variables."""
+    live.egress.swap(setup.policy, setup.credential_ids)
+    live.variables = setup.variables
+    live.revision = setup.revision

@@ -1,0 +1,126 @@
+"""The broker's row: its name taken, its sign of life, and why it cannot serve at present."""
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from openinteractions.broker import store
+from openinteractions.broker.store import Card
+from openinteractions.db.engine import LOST, Database
+from openinteractions.errors import SetupError
+
+_log = structlog.get_logger(__name__)
+
+_BEAT_S: Final = 3.0
+_DEAD_AFTER: Final = timedelta(seconds=10)
+_PATIENCE_S: Final = 15.0
+_RETRY_S: Final = 1.0
+
+
+class NameTaken(SetupError):
+    """Another broker lives under this name."""
+
+
+class Registry:
+    """This broker among the brokers."""
+
+    def __init__(self, database: Database, card: Card) -> None:
+        self._database = database
+        self._card = card
+
+    @asynccontextmanager
+    async def entered(
+        self, running: Callable[[], int], problem: Callable[[], str | None]
+    ) -> AsyncGenerator[asyncio.Task[None]]:
+        """Hold the name until the context ends; what it gives ends only where the name is lost.
+
+        Args:
+            running: How many sandboxes run.
+            problem: Why none can be started now; with the next beat everybody knows.
+
+        Raises:
+            NameTaken: Another broker lives under it.
+        """
+        await self._enter(problem)
+        async with asyncio.TaskGroup() as group:
+            beating = group.create_task(
+                self._beat_for_ever(running, problem), name="broker-heartbeat"
+            )
+            try:
+                yield beating
+            finally:
+                beating.cancel()
+        try:
+            await store.leave(self._database, self._card)
+        except LOST as error:
+            _log.warning("broker.leave_failed", error=type(error).__name__)
+
+    async def _enter(self, problem: Callable[[], str | None]) -> None:
+        """A broker that was killed on another machine is waited for until it counts as dead."""
+        deadline = time.monotonic() + _PATIENCE_S
+        while not await self._claim(problem()):
+            if time.monotonic() > deadline:
+                raise NameTaken(
+                    f"another broker is running under the name {self._card.name!r}: stop it, or "
+                    "give this one another name (setting sandbox.broker)"
+                )
+            await asyncio.sleep(_RETRY_S)
+
+    async def _claim(self, problem: str | None) -> bool:
+        found = await store.owner(self._database, self._card.name)
+        dead: list[int] = []
+        if found is not None and found[0] == self._card.host and not _is_alive(found[1]):
+            dead.append(found[1])
+        return await store.claim_name(
+            self._database, self._card, problem=problem, dead=dead, dead_after=_DEAD_AFTER
+        )
+
+    async def _beat_for_ever(
+        self, running: Callable[[], int], problem: Callable[[], str | None]
+    ) -> None:
+        while True:
+            await asyncio.sleep(_BEAT_S)
+            try:
+                if await store.beat(
+                    self._database, self._card, running=running(), problem=problem()
+                ):
+                    continue
+                _log.warning("broker.row_lost", name=self._card.name)
+                if not await self._claim(problem()):
+                    _log.error("broker.name_lost", name=self._card.name)
+                    return
+            except LOST as error:
+                _log.warning("broker.beat_failed", error=type(error).__name__)
+
+
+def machine() -> str:
+    """Names this machine as far as process ids mean the same on it: name, boot and namespace."""
+    parts = [socket.gethostname()]
+    try:
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip())
+        parts.append(str(Path("/proc/self/ns/pid").readlink()))
+    except OSError:
+        # Nothing to compare with: another process is never taken for a dead one of this machine.
+        parts.append(os.urandom(8).hex())
+    return "/".join(parts)
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether a process id is in use here; one that was used again counts as alive."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

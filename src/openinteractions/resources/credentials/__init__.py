@@ -1,0 +1,1 @@
+"""Stored secrets that the egress proxy adds, and that no sandbox ever sees."""

@@ -1,0 +1,1 @@
+"""Files of environments: listed, downloaded, uploaded."""

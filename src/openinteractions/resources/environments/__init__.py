@@ -1,0 +1,1 @@
+"""Environments: sandboxes with files, and the files themselves."""

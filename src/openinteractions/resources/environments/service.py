@@ -1,0 +1,467 @@
+"""What can be done with environments: made, found, changed, placed with a broker, deleted."""
+
+import asyncio
+import contextlib
+import time
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Final
+from uuid import UUID
+
+import orjson
+import structlog
+
+from openinteractions import clock, ids
+from openinteractions.api import pages
+from openinteractions.crypto import Sealer
+from openinteractions.db.engine import Database
+from openinteractions.db.sealed import environment_purpose
+from openinteractions.errors import AppError, Invalid, NotFound, Unready
+from openinteractions.netguard import Fetcher
+from openinteractions.resources.credentials import store as credentials
+from openinteractions.resources.environments import sources, store
+from openinteractions.resources.environments.schemas import Configuration
+from openinteractions.resources.environments.sources import Source, Sources, faults_shown
+from openinteractions.resources.environments.store import Environment, NewEnvironment, Place
+from openinteractions.sandbox.client import BrokerClient
+from openinteractions.sandbox.egress.policy import Reach, check_network
+from openinteractions.wire.environment import variables
+from openinteractions.wire.environments import environment_id, parse_environment_id
+from openinteractions.wire.explain import shown
+from openinteractions.wire.fields import Json
+
+_log = structlog.get_logger(__name__)
+
+_REMOTE: Final = "remote"
+_VARIABLE: Final = "environment_variable"
+_BATCH: Final = 100
+_KEEP_ROWS: Final = timedelta(days=30)
+"""So long the id of an environment that expired still says so."""
+_COUNT_EVERY_S: Final = 5.0
+_COUNT_PATIENCE_S: Final = 2.0
+_MOST_COUNTED: Final = 10_000
+_TRIES: Final = 5
+_NO_BROKER: Final = (
+    "No sandbox broker is running. Its operator has to install and start Docker, then restart the "
+    "server; `openinteractions doctor` says what is missing."
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """What the operator has set."""
+
+    ttl: timedelta = timedelta(days=7)
+    """An environment expires after so long without use."""
+    log_retention: timedelta = timedelta(days=7)
+    ceiling: Reach
+    """What no request can go beyond."""
+    skills_dir: Path | None = None
+    gcs_url: str = "https://storage.googleapis.com"
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """A checked configuration, and the sources that it brings."""
+
+    configuration: Configuration
+    sources: list[Source]
+
+
+class Environments:
+    """The resource's connections to the rest of the house."""
+
+    def __init__(
+        self,
+        database: Database,
+        client: BrokerClient,
+        sealer: Sealer,
+        fetcher: Fetcher,
+        rules: Rules,
+    ) -> None:
+        """Nothing is opened.
+
+        Args:
+            database: Where the rows are.
+            client: Reaches the brokers; closed by the caller.
+            sealer: Seals network rules and variables.
+            fetcher: Reaches what sources name, other than repositories.
+            rules: The operator's.
+        """
+        self.client = client
+        self._database = database
+        self._sealer = sealer
+        self._rules = rules
+        self._sources = Sources(client, fetcher, gcs_url=rules.gcs_url)
+        self._counted: dict[UUID, float] = {}
+
+    # For the routes.
+
+    async def create(self, project_id: UUID, body: Json) -> Environment:
+        """Make an environment; without sources it takes no disk yet.
+
+        Raises:
+            Invalid: Something in it is wrong; nothing is left behind.
+            NotFound: There is nothing to copy.
+            Unready: No broker can take its sources.
+        """
+        if "from_environment" in body:
+            return await self._fork(project_id, body)
+        return await self._make(project_id, await self._checked(project_id, body))
+
+    async def get(self, project_id: UUID, text: str) -> Environment:
+        """Find an environment by its public id; it may have expired.
+
+        Raises:
+            NotFound: It is absent, deleted, or another project's.
+        """
+        row = await self._find(project_id, text)
+        return row if row.is_expired or not row.has_disk else await self._counted_anew(row)
+
+    async def page(
+        self, project_id: UUID, *, page_size: int, page_token: str | None
+    ) -> tuple[list[Environment], str | None]:
+        """Environments of a project, newest first, and the token of the next page.
+
+        Raises:
+            Invalid: The token is none of this list.
+        """
+        before = pages.parse(page_token, "environments")
+        rows = await store.page(self._database, project_id, before=before, limit=page_size + 1)
+        if len(rows) <= page_size:
+            return rows, None
+        return rows[:page_size], pages.token(rows[page_size - 1].id, "environments")
+
+    async def delete(self, project_id: UUID, text: str) -> None:
+        """Delete an environment and its files; at once if its broker answers, else later.
+
+        Raises:
+            NotFound: It is absent, deleted, or another project's.
+        """
+        key = parse_environment_id(text)
+        place = None if key is None else await store.delete(self._database, project_id, key)
+        if key is None or place is None:
+            raise _not_found(text)
+        self._counted.pop(key, None)
+        if place.address is not None:
+            await self._remove(key, place.address)
+
+    async def open(self, project_id: UUID, text: str) -> tuple[UUID, str]:
+        """An environment that is to be used now, and its broker's address.
+
+        Raises:
+            NotFound: It is absent, deleted, expired, or another project's.
+            Unready: No broker has it, or can take it.
+        """
+        row = await self._usable(project_id, text)
+        return row.id, await self.locate(row.id)
+
+    async def network_log(
+        self, project_id: UUID, text: str, *, page_size: int, page_token: str | None
+    ) -> bytes:
+        """What an environment's sandbox connected to, newest first: a page as JSON.
+
+        Raises:
+            NotFound: The environment is absent, deleted, or another project's.
+            Invalid: The token is none of this list.
+        """
+        row = await self._find(project_id, text)
+        filters = f"network_log:{row.id.hex}"
+        before = pages.parse(page_token, filters)
+        found = await store.network_log(
+            self._database, project_id, row.id, before=before, limit=page_size + 1
+        )
+        answer: Json = {"events": [_event(dict(event)) for event in found[:page_size]]}
+        if len(found) > page_size:
+            answer["next_page_token"] = pages.token(found[page_size - 1]["id"], filters)
+        return orjson.dumps(answer)
+
+    # For interactions and their runs.
+
+    async def resolve(self, project_id: UUID, value: str | Json) -> UUID:
+        """The environment that a valid `environment` of a request means, made or changed by it.
+
+        `"remote"`, and an object without sources, take no disk yet and need no broker.
+
+        Raises:
+            Invalid: A source, the network or a variable is wrong; nothing is left behind.
+            NotFound: The id is unknown, or its environment has expired.
+            Unready: No broker can take its sources.
+        """
+        if isinstance(value, str):
+            if value.lower() == _REMOTE:
+                return (await self._make(project_id, _Change(Configuration(), []))).id
+            return (await self._usable(project_id, value)).id
+        text: str | None = value.get("environment_id")
+        row = None if text is None else await self._usable(project_id, text)
+        change = await self._checked(project_id, value)
+        if row is None:
+            return (await self._make(project_id, change)).id
+        await self._change(row, change)
+        return row.id
+
+    async def locate(self, environment: UUID) -> str:
+        """The address of the broker that has an environment; one that nobody has yet is placed.
+
+        Raises:
+            NotFound: It is absent, deleted or expired.
+            Unready: No broker is there, or not the one that has it.
+        """
+        place = await store.locate(self._database, environment)
+        if place is not None and (place.broker is None or place.is_stale):
+            place = await store.place(self._database, environment, ttl=self._rules.ttl)
+        if place is None:
+            raise _not_found(environment_id(environment))
+        if place.broker is None:
+            raise Unready(_NO_BROKER, retry_after_s=1)
+        if place.address is None:
+            raise _is_away(place)
+        if not place.has_disk:
+            with faults_shown():
+                await self.client.ensure(place.address, environment)
+            await store.set_disk(self._database, environment, has_disk=True)
+        return place.address
+
+    async def require_broker(self) -> None:
+        """Refuse what needs a sandbox, where none can be had.
+
+        Raises:
+            Unready: There is no broker, or none that can start sandboxes; the message says why.
+        """
+        brokers, problem = await store.readiness(self._database)
+        if not brokers:
+            raise Unready(_NO_BROKER, retry_after_s=1)
+        if problem is not None:
+            raise Unready(f"No sandbox can be started: {problem}", retry_after_s=5)
+
+    async def touch(self, environment: UUID) -> None:
+        """Note that an environment is in use, at most once a minute: it then lives on."""
+        await store.touch(self._database, environment, ttl=self._rules.ttl)
+
+    def files_changed(self, environment: UUID) -> None:
+        """What was counted last is out of date: the next one who looks counts anew."""
+        self._counted.pop(environment, None)
+
+    # For the upkeep.
+
+    async def expire(self) -> int:
+        """Let environments that were not used for long expire, and remove what is left of others.
+
+        Returns:
+            How many expired.
+        """
+        count = 0
+        while expired := await store.expire(self._database, limit=_BATCH):
+            count += len(expired)
+        after: UUID | None = None
+        while left := await store.left_behind(self._database, after=after, limit=_BATCH):
+            for environment, address in left:
+                await self._remove(environment, address)
+            after = left[-1][0]
+        await store.clean(self._database, keep_rows=_KEEP_ROWS, keep_logs=self._rules.log_retention)
+        if count:
+            _log.info("environments.expired", environments=count)
+        return count
+
+    # Inside.
+
+    async def _find(self, project_id: UUID, text: str) -> Environment:
+        key = parse_environment_id(text)
+        row = None if key is None else await store.get(self._database, project_id, key)
+        if row is None:
+            raise _not_found(text)
+        return row
+
+    async def _usable(self, project_id: UUID, text: str) -> Environment:
+        row = await self._find(project_id, text)
+        if row.is_expired:
+            raise NotFound(f"Environment '{shown(text)}' has expired.")
+        return row
+
+    async def _checked(self, project_id: UUID, body: Json) -> _Change:
+        """What a request asks for, as far as it can be known to be possible."""
+        given = body.get("sources", [])
+        found = await asyncio.to_thread(sources.checked, given, skills_dir=self._rules.skills_dir)
+        wanted = Configuration(
+            sources.public(given), body.get("network"), variables(body.get("env", {}))
+        )
+        check_network(wanted.network, self._rules.ceiling)
+        await self._check_credentials(project_id, wanted)
+        return _Change(wanted, found)
+
+    async def _check_credentials(self, project_id: UUID, wanted: Configuration) -> None:
+        for given, where, is_variable in wanted.credentials:
+            name = given.removeprefix("credentials/")
+            row = await credentials.find(self._database, project_id, name)
+            if row is None:
+                raise Invalid(f"Credential '{shown(name)}' at '{where}' does not exist.")
+            if is_variable != (row.type == _VARIABLE):
+                fit = f"one of type {_VARIABLE}" if is_variable else f"no {_VARIABLE}"
+                raise Invalid(
+                    f"Credential '{shown(name)}' at '{where}' is of type {row.type}: "
+                    f"expected {fit}."
+                )
+
+    async def _make(self, project_id: UUID, change: _Change) -> Environment:
+        row = await self._insert(project_id, change.configuration)
+        if not change.sources:
+            return row
+        try:
+            address = await self.locate(row.id)
+            await self._sources.put(address, row.id, change.sources)
+        except BaseException:
+            await asyncio.shield(self._discard(row))
+            raise
+        return await self._counted_anew(replace(row, has_disk=True))
+
+    async def _fork(self, project_id: UUID, body: Json) -> Environment:
+        for name in ("sources", "env"):
+            if body.get(name):
+                raise Invalid(f"'{name}' does not go with 'from_environment': it must be empty.")
+        parent = await self._usable(project_id, body["from_environment"])
+        network = (await self._checked(project_id, body)).configuration.network
+        wanted = self._configuration(parent).changed(Configuration(network=network))
+        if not parent.has_disk:
+            return await self._insert(project_id, wanted)
+        address = await self.locate(parent.id)
+        row = await self._insert(project_id, wanted, broker=parent.broker)
+        try:
+            with faults_shown():
+                await self.client.ensure(address, row.id, source=parent.id)
+            await store.set_disk(self._database, row.id, has_disk=True)
+        except BaseException:
+            await asyncio.shield(self._discard(row))
+            raise
+        return await self._counted_anew(replace(row, has_disk=True))
+
+    async def _insert(
+        self, project_id: UUID, wanted: Configuration, *, broker: str | None = None
+    ) -> Environment:
+        key = ids.uuid7()
+        new = NewEnvironment(
+            id=key,
+            project_id=project_id,
+            public=wanted.public(),
+            sealed=self._seal(project_id, key, wanted),
+            broker=broker,
+        )
+        return await store.create(self._database, new, ttl=self._rules.ttl)
+
+    async def _change(self, row: Environment, change: _Change) -> None:
+        """Give an environment another configuration, and more files."""
+        if change.configuration == Configuration():
+            return
+        before, changed = await self._configure(row, change.configuration)
+        try:
+            if changed.has_disk:
+                with faults_shown():
+                    await self.client.refresh(await self.locate(row.id), row.id)
+            if change.sources:
+                await self._sources.put(await self.locate(row.id), row.id, change.sources)
+        except BaseException:
+            await asyncio.shield(self._restore(changed, before))
+            raise
+
+    async def _configure(
+        self, row: Environment, wanted: Configuration
+    ) -> tuple[Configuration, Environment]:
+        """The configuration before the change, and the row after it."""
+        text = environment_id(row.id)
+        for _ in range(_TRIES):
+            before = self._configuration(row)
+            changed = await self._write(row, before.changed(wanted))
+            if changed is not None:
+                return before, changed
+            row = await self._usable(row.project_id, text)
+        raise Unready("The environment is being changed by others.", retry_after_s=1)
+
+    async def _restore(self, changed: Environment, before: Configuration) -> None:
+        """Take a change back, unless somebody else has made another one since."""
+        if await self._write(changed, before) is not None and changed.has_disk:
+            with contextlib.suppress(AppError):
+                await self.client.refresh(await self.locate(changed.id), changed.id)
+
+    async def _write(self, row: Environment, wanted: Configuration) -> Environment | None:
+        sealed = self._seal(row.project_id, row.id, wanted)
+        return await store.configure(self._database, row, public=wanted.public(), sealed=sealed)
+
+    def _seal(self, project_id: UUID, key: UUID, wanted: Configuration) -> bytes:
+        return self._sealer.seal(wanted.secret(), purpose=environment_purpose(project_id, key))
+
+    def _configuration(self, row: Environment) -> Configuration:
+        sealed = row.sealed
+        if sealed is not None:
+            purpose = environment_purpose(row.project_id, row.id)
+            sealed = self._sealer.open(sealed, purpose=purpose)
+        return Configuration.read(row.public, sealed)
+
+    async def _counted_anew(self, row: Environment) -> Environment:
+        """The row with what its files are now, where the broker can say so soon."""
+        now = time.monotonic()
+        if now - self._counted.get(row.id, -_COUNT_EVERY_S) < _COUNT_EVERY_S:
+            return row
+        if len(self._counted) >= _MOST_COUNTED:
+            self._counted.clear()
+        place = await store.locate(self._database, row.id)
+        if place is None or place.address is None:
+            return row
+        self._counted[row.id] = now
+        try:
+            async with asyncio.timeout(_COUNT_PATIENCE_S):
+                count, size = await self.client.usage(place.address, row.id)
+        except (AppError, TimeoutError):
+            return row
+        await store.set_usage(self._database, row.id, file_count=count, size_bytes=size)
+        return replace(row, file_count=count, size_bytes=size)
+
+    async def _discard(self, row: Environment) -> None:
+        """Take back an environment whose making failed."""
+        place = await store.delete(self._database, row.project_id, row.id)
+        if place is not None and place.address is not None:
+            await self._remove(row.id, place.address)
+
+    async def _remove(self, environment: UUID, address: str) -> None:
+        """Have a broker delete the files of one that is gone; if it fails, the upkeep does so."""
+        try:
+            await self.client.delete(address, environment)
+            await store.set_disk(self._database, environment, has_disk=False)
+        except AppError as error:
+            _log.warning(
+                "environment.not_removed", environment_id=environment.hex, error=error.message
+            )
+
+
+def shown_environment(row: Environment) -> Json:
+    """An environment as the contract shows it."""
+    answer: Json = {
+        "id": environment_id(row.id),
+        "status": "expired" if row.is_expired else "active",
+        "created": clock.rfc3339(row.created_at),
+        "updated": clock.rfc3339(row.updated_at),
+        "last_accessed": clock.rfc3339(row.accessed_at),
+        "file_count": str(row.file_count),
+        "size_bytes": str(row.size_bytes),
+    }
+    if row.expires_at is not None:
+        answer["expires"] = clock.rfc3339(row.expires_at)
+    return answer | orjson.loads(row.public or b"{}")
+
+
+def _event(row: Json) -> Json:
+    answer: Json = {"id": row.pop("id").hex, "time": clock.rfc3339(row.pop("at"))}
+    for name in ("bytes_up", "bytes_down"):
+        row[name] = str(row[name])
+    return answer | {name: value for name, value in row.items() if value is not None}
+
+
+def _not_found(text: str) -> NotFound:
+    return NotFound(f"Environment '{shown(text)}' not found.")
+
+
+def _is_away(place: Place) -> Unready:
+    return Unready(
+        f"The sandbox broker '{place.broker}', which has this environment's files, gives no sign "
+        "of life. Its operator has to start it again.",
+        retry_after_s=1,
+    )

@@ -1,0 +1,86 @@
+"""A run's sandbox, through its broker. Implements `tools.port.Workplace`."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+import structlog
+
+from openinteractions.errors import NotFound, RequestError, Unready
+from openinteractions.resources.environments.service import Environments
+from openinteractions.sandbox.port import Command, Exit, Output
+from openinteractions.tools.port import Done
+
+_log = structlog.get_logger(__name__)
+
+_PATIENCE_S = 60.0
+_LOOK_S = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteWorkplace:
+    """One environment, as one owner of one run may use it."""
+
+    sandboxes: Environments
+    environment_id: UUID
+    interaction_id: UUID
+    epoch: int
+    """An owner that was replaced has a lower one, and is refused (ruling R4)."""
+
+    async def execute(
+        self,
+        key: str,
+        argv: Sequence[str],
+        *,
+        session: str | None = None,
+        timeout_s: float,
+        max_output_bytes: int,
+    ) -> Done:
+        """Run a command and wait for its end; one of the same key is not started twice."""
+        command = Command(
+            id=self._id(key),
+            epoch=self.epoch,
+            argv=argv,
+            timeout_s=timeout_s,
+            max_output_bytes=max_output_bytes,
+            session=session,
+        )
+        address = await self._address()
+        pieces: list[bytes] = []
+        async with self.sandboxes.client.execute(address, self.environment_id, command) as events:
+            async for event in events:
+                match event:
+                    case Output(_, data):
+                        pieces.append(data)
+                    case Exit():
+                        return Done(event, b"".join(pieces).decode(errors="replace"))
+        raise Unready("The sandbox's answer ended early.")
+
+    async def kill(self, key: str) -> None:
+        """Kill a command and everything it has started; nothing happens if it has ended."""
+        try:
+            address = await self.sandboxes.locate(self.environment_id)
+            await self.sandboxes.client.kill(
+                address, self.environment_id, self._id(key), epoch=self.epoch
+            )
+        except NotFound:
+            return
+        except RequestError as error:
+            # The broker ends what belongs to an interaction that has ended.
+            _log.warning("execution.not_killed", execution_id=self._id(key), error=error.message)
+
+    def _id(self, key: str) -> str:
+        return f"{self.interaction_id.hex}.{key}"
+
+    async def _address(self) -> str:
+        """Where the broker is; one that is being started again is waited for."""
+        deadline = time.monotonic() + _PATIENCE_S
+        while True:
+            try:
+                return await self.sandboxes.locate(self.environment_id)
+            except Unready:
+                if time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(_LOOK_S)

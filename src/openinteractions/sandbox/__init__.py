@@ -1,0 +1,1 @@
+"""Sandboxes: the port, its backends, the pipe into them, their disks, files and way out."""

@@ -1,0 +1,1 @@
+"""The files of environments, worked on from the host: see `tree.Tree`."""

@@ -1,0 +1,190 @@
+"""Changes of one environment's tree, each by a rename from staging; blocking, for threads."""
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from openinteractions.errors import Invalid
+from openinteractions.sandbox.files import kernel, staging
+from openinteractions.sandbox.files.beneath import closing, is_there, locate, open_folder_of
+from openinteractions.sandbox.files.entries import described, entry_at
+from openinteractions.sandbox.files.paths import Parts, shown
+from openinteractions.sandbox.files.problems import exists, explained
+from openinteractions.sandbox.files.threads import Halt
+from openinteractions.sandbox.port import Entry
+
+_FOLDER_MODE: Final = 0o755
+_FILE_MODE: Final = 0o644
+_PERMISSIONS: Final = 0o777
+_HEAD_BYTES: Final = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """Where an environment's tree is, and whose its files are."""
+
+    root: Path
+    uid: int
+    gid: int
+    environment: str = ""
+    """Its id, for messages."""
+
+    @property
+    def disk(self) -> Path:
+        """The folder of the tree and of what lies beside it."""
+        return self.root.parent
+
+    @contextmanager
+    def opened(self) -> Generator[int]:
+        """A descriptor of the tree's root."""
+        with closing(open_folder_of(self.root)) as fd:
+            yield fd
+
+    def explained(self, parts: Parts) -> AbstractContextManager[None]:
+        """`paths.explained`, for this environment."""
+        return explained(parts, self.environment)
+
+    def check_free(self, parts: Parts, *, overwrite: bool) -> None:
+        """Refuse early what `land` would refuse after all bytes were sent.
+
+        Raises:
+            Conflict: The path is taken, and is not to be overwritten.
+            Invalid: A folder is there, which is never overwritten.
+        """
+        with self.explained(parts), self.opened() as root:
+            if not is_there(root, parts):
+                return
+            if not overwrite:
+                raise exists(parts, self.environment)
+            with closing(locate(root, parts, follow=False)) as fd:
+                is_folder = stat.S_ISDIR(os.fstat(fd).st_mode)
+            if is_folder:
+                raise IsADirectoryError(errno.EISDIR, "a folder")
+
+    def land(self, place: int, name: bytes, parts: Parts, *, overwrite: bool) -> None:
+        """Give a finished entry of staging its place in the tree, where folders are made for it.
+
+        Raises:
+            FileExistsError: The path is taken, and is not to be overwritten.
+        """
+        with self.opened() as root, closing(self.folder(root, place, parts[:-1])) as folder:
+            if overwrite:
+                os.rename(name, parts[-1], src_dir_fd=place, dst_dir_fd=folder)
+            else:
+                kernel.rename_new(place, name, folder, parts[-1])
+
+    def land_file(
+        self, place: int, name: bytes, parts: Parts, *, overwrite: bool, mode: int | None
+    ) -> Entry:
+        """`land` a file as the environment's own, safely on the disk.
+
+        Args:
+            place: Descriptor of the folder where it is.
+            name: Its name there.
+            parts: Where it goes.
+            overwrite: Replace a file that is there.
+            mode: Its permissions; None: those of the replaced file, else read and write.
+        """
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+        with closing(os.open(name, flags, dir_fd=place)) as fd:
+            os.fchown(fd, self.uid, self.gid)
+            os.fchmod(fd, (self._mode(parts) if mode is None else mode) & _PERMISSIONS)
+            os.fsync(fd)
+            self.land(place, name, parts, overwrite=overwrite)
+            return described(parts, kernel.stat(fd), os.pread(fd, _HEAD_BYTES, 0))
+
+    def _mode(self, parts: Parts) -> int:
+        """The permissions of a replaced file stay, so that a script stays executable."""
+        with contextlib.suppress(OSError), self.opened() as root:
+            with closing(locate(root, parts, follow=False)) as fd:
+                mode = os.fstat(fd).st_mode
+            if stat.S_ISREG(mode):
+                return mode
+        return _FILE_MODE
+
+    def folder(self, root: int, place: int, parts: Parts) -> int:
+        """A reference to a folder of the tree; it and those above it are made if absent."""
+        depth = len(parts)
+        while True:
+            try:
+                here = locate(root, parts[:depth])
+                break
+            except FileNotFoundError:
+                depth -= 1
+                if depth <= 0:
+                    raise
+        try:
+            for name in parts[depth:]:
+                below = self._child(here, place, name)
+                os.close(here)
+                here = below
+            # Refuses what is no folder.
+            return os.open(b".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=here)
+        finally:
+            os.close(here)
+
+    def _child(self, folder: int, place: int, name: bytes) -> int:
+        made = staging.make_folder(place, _FOLDER_MODE, self.uid, self.gid)
+        try:
+            kernel.rename_new(place, made, folder, name)
+        except OSError as error:
+            os.rmdir(made, dir_fd=place)
+            if error.errno != errno.EEXIST:
+                raise
+        flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.open(name, flags, dir_fd=folder)
+
+    def mkdir(self, parts: Parts) -> Entry:
+        """Make a folder, and those above it; nothing happens if it is there."""
+        with self.explained(parts), self.opened() as root, staging.staging(self.disk) as place:
+            try:
+                os.close(self.folder(root, place, parts))
+            except NotADirectoryError:
+                if is_there(root, parts):
+                    raise exists(parts, self.environment) from None
+                raise
+            return entry_at(root, parts)
+
+    def delete(self, parts: Parts, *, recursive: bool, halt: Halt) -> None:
+        """Remove a file, a link (not what it leads to), or a folder.
+
+        Raises:
+            NotFound: There is nothing.
+            Invalid: A folder that is not empty, without `recursive`.
+        """
+        with (
+            self.explained(parts),
+            self.opened() as root,
+            closing(locate(root, parts[:-1])) as folder,
+        ):
+            if not stat.S_ISDIR(kernel.stat(folder, parts[-1]).mode):
+                os.unlink(parts[-1], dir_fd=folder)
+            elif recursive:
+                self._trash(folder, parts[-1], halt)
+            else:
+                self._rmdir(folder, parts)
+
+    def _trash(self, folder: int, name: bytes, halt: Halt) -> None:
+        trash = staging.trash_name()
+        with staging.staging(self.disk) as place:
+            os.rename(name, trash, src_dir_fd=folder, dst_dir_fd=place)
+            # It is gone from the tree; what cannot be removed now is left to the next sweep.
+            with contextlib.suppress(OSError):
+                staging.discard(place, trash, halt)
+
+    def _rmdir(self, folder: int, parts: Parts) -> None:
+        try:
+            os.rmdir(parts[-1], dir_fd=folder)
+        except OSError as error:
+            if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+                raise
+            raise Invalid(
+                f"The directory '{shown(parts)}' is not empty. Set recursive=true to delete it"
+                " with all that is in it."
+            ) from error

@@ -1,0 +1,1 @@
+"""Tools that this server runs itself: what a model calls, and what comes of it."""

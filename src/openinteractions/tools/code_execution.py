@@ -1,0 +1,195 @@
+"""The tool `code_execution`: code of the model's, run in the sandbox of its run.
+
+Python keeps its variables from call to call, and shows the figures that it leaves open. Every call
+is keyed (ruling R5): a run that is taken over waits for the execution that it finds.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from openinteractions.errors import RequestError, Unready
+from openinteractions.models.port import Json, ToolCall
+from openinteractions.sandbox.port import Exit
+from openinteractions.tools.port import Done, Workplace
+
+NAME = "code_execution"
+TIMEOUT_S = 600.0
+MAX_OUTPUT_BYTES = 48 * 1024
+"""What a model is shown of a command's output; the middle of more is left out, and marked."""
+
+_MAX_ARGUMENT_BYTES = 100 * 1024
+"""The kernel takes at most 128 KiB as one argument of a command."""
+_MAX_FIGURES_BYTES = 8 * 2**20
+_SESSION = "main"
+_COMMANDS: Mapping[str, tuple[str, ...]] = {
+    "bash": ("/bin/bash", "-c"),
+    "sh": ("/bin/bash", "-c"),
+    "javascript": ("node", "-e"),
+    "node": ("node", "-e"),
+}
+_DRAWS = ("plt", "matplotlib", "plot", "fig", "sns", "seaborn")
+_SHOW_FIGURES = """
+def _oi_figures():
+    import sys
+    pyplot = sys.modules.get("matplotlib.pyplot")
+    if pyplot is None:
+        return
+    import base64, io
+    for number in pyplot.get_fignums()[:4]:
+        data = io.BytesIO()
+        pyplot.figure(number).savefig(data, format="png", bbox_inches="tight")
+        print(base64.b64encode(data.getvalue()).decode())
+    pyplot.close("all")
+_oi_figures()
+del _oi_figures
+"""
+
+_DESCRIPTION = """\
+Runs code in a Linux sandbox and returns what it prints. Use it for every calculation, for data, \
+for files, and to try things out instead of guessing.
+
+- `python`: variables, imports and functions stay for later calls. The value of a last expression \
+is shown. Figures of matplotlib that are open at the end are returned as images.
+- `bash`: a shell of its own for each call, in /workspace.
+- `javascript`: Node, for each call anew.
+
+Files in /workspace stay for later calls and later turns; /tmp does not. A call ends after ten \
+minutes: start servers and other long jobs in the background. Where there is network access at \
+all, it may be limited to some hosts; a refusal says why."""
+
+_PARAMETERS: Json = {
+    "type": "object",
+    "properties": {
+        "language": {
+            "type": "string",
+            "enum": ["python", "bash", "javascript"],
+            "description": "What the code is written in.",
+        },
+        "code": {"type": "string", "description": "The code to run."},
+    },
+    "required": ["language", "code"],
+}
+
+
+class CodeExecution:
+    """Implements `tools.port.Tool`."""
+
+    def __init__(self, workplace: Workplace | None) -> None:
+        self._place = workplace
+
+    def declaration(self) -> Json:
+        """The function that the model sees."""
+        return {
+            "type": "function",
+            "name": NAME,
+            "description": _DESCRIPTION,
+            "parameters": _PARAMETERS,
+        }
+
+    def call_step(self, call: ToolCall) -> Json:
+        """A `code_execution_call` step."""
+        return {"type": "code_execution_call", "arguments": call.arguments}
+
+    def failure(self, message: str) -> Json:
+        """A `code_execution_result` step that says what went wrong."""
+        return _failed(message)
+
+    async def run(self, step: Json, key: str) -> Json:
+        """Run the code; a `code_execution_result` step."""
+        try:
+            return await self._run(step["arguments"], key)
+        except Unready as error:
+            return _failed(
+                f"The sandbox could not be reached, so it is unknown whether this ran: "
+                f"{error.message}"
+            )
+        except RequestError as error:
+            return _failed(f"The sandbox could not run this: {error.message}")
+
+    async def stop(self, key: str) -> None:
+        """Kill the code that runs."""
+        assert self._place is not None
+        await self._place.kill(key)
+
+    async def _run(self, arguments: Json, key: str) -> Json:
+        assert self._place is not None
+        language, code = str(arguments.get("language")), str(arguments.get("code") or "")
+        if language in ("python", "py", "python3"):
+            done = await self._python(code, key)
+            figures = await self._figures(code, key) if done.exit.outcome == "exited" else []
+            return _result(done, figures)
+        command = _COMMANDS.get(language)
+        if command is None:
+            return _failed(f"There is no language {language!r}: use python, bash or javascript.")
+        if len(code.encode()) > _MAX_ARGUMENT_BYTES:
+            return _failed("The code is longer than 100 kB: write it into a file in parts.")
+        done = await self._place.execute(
+            key, [*command, code], timeout_s=TIMEOUT_S, max_output_bytes=MAX_OUTPUT_BYTES
+        )
+        return _result(done)
+
+    async def _python(self, code: str, key: str) -> Done:
+        assert self._place is not None
+        return await self._place.execute(
+            key,
+            [code],
+            session=_SESSION,
+            timeout_s=TIMEOUT_S,
+            max_output_bytes=MAX_OUTPUT_BYTES,
+        )
+
+    async def _figures(self, code: str, key: str) -> list[Json]:
+        """The figures that the code has left open, as image blocks."""
+        if not any(word in code for word in _DRAWS):
+            return []
+        assert self._place is not None
+        drawn = await self._place.execute(
+            f"{key}.figures",
+            [_SHOW_FIGURES],
+            session=_SESSION,
+            timeout_s=60.0,
+            max_output_bytes=_MAX_FIGURES_BYTES,
+        )
+        if drawn.exit.code != 0 or drawn.exit.truncated:
+            return []
+        return [
+            {"type": "image", "mime_type": "image/png", "data": line}
+            for line in drawn.text.split()
+            if line.startswith("iVBOR")
+        ]
+
+
+def _result(done: Done, figures: list[Json] | None = None) -> Json:
+    remark = _remark(done.exit)
+    text = done.text
+    if remark is not None:
+        text = f"{text.rstrip()}\n[{remark}]".lstrip() if text.strip() else f"[{remark}]"
+    result: Any = text
+    if figures:
+        result = [*([{"type": "text", "text": text}] if text else []), *figures]
+    return {"type": "code_execution_result", "result": result, "is_error": remark is not None}
+
+
+_UNKNOWN = (
+    "Outcome unknown: the sandbox was lost while this ran. It may have taken effect, in part or as "
+    "a whole; look before it is repeated."
+)
+_SIGKILL = 9
+
+
+def _remark(end: Exit) -> str | None:
+    """What the output alone does not say about a bad end; None for a good one."""
+    if end.outcome == "unknown":
+        return _UNKNOWN
+    if end.timed_out:
+        return f"Stopped: it ran longer than {TIMEOUT_S:g} seconds."
+    if end.signal is not None:
+        why = " It may have used more memory than there is." if end.signal == _SIGKILL else ""
+        return f"Ended by signal {end.signal}.{why}"
+    if end.outcome == "killed":
+        return "Stopped."
+    return f"Exit code {end.code}." if end.code else None
+
+
+def _failed(message: str) -> Json:
+    return {"type": "code_execution_result", "result": message, "is_error": True}

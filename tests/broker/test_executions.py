@@ -1,0 +1,291 @@
+"""Commands: started once, followed to the end, whatever dies in between (ruling R4)."""
+
+import asyncio
+import os
+import signal
+
+import pytest
+
+from openinteractions import ids
+from openinteractions.errors import Conflict, NotFound
+from openinteractions.sandbox.port import Exit, SandboxError
+from tests.broker.stage import Ran
+from tests.sandbox.engine import docker
+
+COUNT = "echo x >> /workspace/count; "
+# Prints 1 … 60, one every 50 ms.
+SLOW = COUNT + "i=0; while [ $i -lt 60 ]; do i=$((i+1)); echo $i; sleep 0.05; done"
+SLOW_OUTPUT = "".join(f"{number}\n" for number in range(1, 61)).encode()
+
+
+async def rows(stage, env):
+    return await stage.fetch(
+        "select id, epoch, sandbox, exit::text, output, ended_at from executions "
+        "where environment_id = $1",
+        env,
+    )
+
+
+async def test_a_command_gives_its_output_and_its_end(broker):
+    env = await broker.environment(env={"GREETING": {"value": "hello"}})
+    script = 'echo "$GREETING $MINE" && pwd && id -u && echo oops >&2; exit 3'
+    ran = await broker.run(env, broker.shell(script, env={"MINE": "world"}))
+    assert ran.out == b"hello world\n/workspace\n1000\n"
+    assert ran.err == b"oops\n"
+    assert isinstance(ran.exit, Exit)
+    assert (ran.exit.outcome, ran.exit.code, ran.exit.timed_out) == ("exited", 3, False)
+    assert ran.exit.output_bytes == len(ran.out + ran.err)
+    (row,) = await rows(broker, env)
+    assert row["ended_at"] is not None
+    assert row["sandbox"] == broker.container(env)
+
+
+async def test_the_same_id_is_run_once_and_its_result_is_replayed(broker):
+    env = await broker.environment()
+    command = broker.shell(COUNT + "echo out; echo err >&2; exit 7")
+    first = await broker.run(env, command)
+    assert await broker.run(env, command) == first
+    # Also when the sandbox is gone, and after a restart of the broker.
+    await broker.client.stop(broker.address, env)
+    assert await broker.run(env, command) == first
+    assert await broker.stop() == 0
+    await broker.start()
+    again = await broker.run(env, command, offset=2)
+    assert (again.out + again.err, again.exit) == ((first.out + first.err)[2:], first.exit)
+    assert await broker.sh(env, "cat count") == "x\n"
+
+
+async def test_two_callers_share_one_run(broker):
+    env = await broker.environment()
+    command = broker.shell(SLOW)
+    one, other = await asyncio.gather(broker.run(env, command), broker.run(env, command))
+    assert one.out == other.out == SLOW_OUTPUT
+    assert await broker.sh(env, "cat count") == "x\n"
+
+
+async def test_a_lower_epoch_is_refused(broker):
+    env = await broker.environment()
+    run = ids.uuid7().hex
+    old = broker.shell("true", id=f"{run}.1", epoch=1)
+    await broker.run(env, old)
+    newer = await broker.run(env, broker.shell("true", id=f"{run}.2", epoch=3))
+    assert newer.exit.code == 0
+    with pytest.raises(Conflict):
+        await broker.run(env, broker.shell(COUNT, id=f"{run}.3", epoch=2))
+    # A higher one may take an execution over, and then the old owner has lost it.
+    taken = await broker.run(env, broker.shell("true", id=f"{run}.2", epoch=4))
+    assert taken.exit == newer.exit
+    with pytest.raises(Conflict):
+        await broker.run(env, broker.shell("true", id=f"{run}.2", epoch=3))
+    # Another run's epochs have nothing to do with it.
+    assert (await broker.run(env, broker.shell("true", epoch=1))).exit.code == 0
+    assert await broker.sh(env, "ls") == ""
+
+
+async def test_a_kill_ends_the_command_and_its_children(broker):
+    env = await broker.environment()
+    command = broker.shell("sleep 300 & sleep 301")
+    running = asyncio.ensure_future(broker.run(env, command))
+    await until_running(broker, env, command.id)
+    await broker.client.kill(broker.address, env, command.id, epoch=command.epoch + 1)
+    ran = await asyncio.wait_for(running, 10)
+    assert ran.exit.outcome in {"exited", "killed"}
+    assert ran.exit.code != 0
+    assert "sleep" not in await broker.sh(env, "ps -eo comm")
+    # The owner that was replaced starts nothing more.
+    run = command.id.partition(".")[0]
+    with pytest.raises(Conflict):
+        await broker.run(env, broker.shell(COUNT, id=f"{run}.2", epoch=command.epoch))
+
+
+async def test_a_kill_that_comes_first_keeps_the_command_from_starting(broker):
+    env = await broker.environment()
+    command = broker.shell(COUNT)
+    await broker.client.kill(broker.address, env, command.id, epoch=5)
+    with pytest.raises(Conflict):
+        await broker.run(env, command)
+    ran = await broker.run(env, broker.shell(COUNT, id=command.id, epoch=5))
+    assert ran.exit.outcome == "killed"
+    assert await broker.sh(env, "ls") == ""
+
+
+async def test_a_kill_of_what_never_was_does_nothing(broker):
+    env = await broker.environment()
+    await broker.client.kill(broker.address, env, "nothing.1")
+    with pytest.raises(NotFound):
+        await broker.client.signal(broker.address, env, "nothing.1", 15)
+    with pytest.raises(NotFound):
+        async with broker.client.follow(broker.address, env, "nothing.1") as pieces:
+            await anext(pieces)
+
+
+async def test_a_broker_killed_in_the_middle_is_not_noticed(broker):
+    env = await broker.environment()
+    command = broker.shell(SLOW)
+    ran, seen = Ran(), asyncio.Event()
+
+    async def follow():
+        async with broker.client.execute(broker.address, env, command) as pieces:
+            async for piece in pieces:
+                ran.add(piece)
+                if b"\n10\n" in ran.out:
+                    seen.set()
+
+    following = asyncio.ensure_future(follow())
+    await asyncio.wait_for(seen.wait(), 20)
+    broker.kill()
+    await broker.start()
+    await asyncio.wait_for(following, 30)
+    assert ran.out == SLOW_OUTPUT
+    assert (ran.exit.outcome, ran.exit.code) == ("exited", 0)
+    assert await broker.sh(env, "cat count") == "x\n"
+    assert broker.events("environment.adopted")[-1]["executions"] == [command.id]
+
+
+async def test_a_command_that_ends_while_no_broker_is_there_keeps_its_result(broker):
+    env = await broker.environment()
+    command = broker.shell(COUNT + "sleep 1; echo done")
+    running = asyncio.ensure_future(broker.run(env, command))
+    await until_running(broker, env, command.id)
+    broker.kill()
+    await asyncio.sleep(2)
+    await broker.start()
+    ran = await asyncio.wait_for(running, 30)
+    assert (ran.out, ran.exit.code) == (b"done\n", 0)
+    await until_stored(broker, env)
+
+
+async def test_a_sandbox_that_dies_leaves_the_outcome_unknown(broker):
+    env = await broker.environment()
+    command = broker.shell("echo begun; " + COUNT + "sleep 300")
+    running = asyncio.ensure_future(broker.run(env, command))
+    await until_running(broker, env, command.id)
+    docker("kill", "--signal", "KILL", broker.container(env))
+    ran = await asyncio.wait_for(running, 60)
+    assert ran.exit.outcome == "unknown"
+    assert ran.exit.code is None
+    # Never run again; but the next command has a sandbox again, with the files.
+    assert (await broker.run(env, command)).exit.outcome == "unknown"
+    assert await broker.sh(env, "cat count") == "x\n"
+    assert broker.events("sandbox.lost")[0]["environment_id"] == env.hex
+
+
+async def test_a_sandbox_that_dies_with_its_broker_leaves_the_outcome_unknown(broker):
+    env = await broker.environment()
+    command = broker.shell(COUNT + "sleep 300")
+    running = asyncio.ensure_future(broker.run(env, command))
+    await until_running(broker, env, command.id)
+    broker.kill()
+    docker("kill", "--signal", "KILL", broker.container(env))
+    await broker.start()
+    ran = await asyncio.wait_for(running, 60)
+    assert ran.exit.outcome == "unknown"
+    assert await broker.sh(env, "cat count") == "x\n"
+
+
+async def test_what_was_written_down_and_never_sent_is_unknown(broker):
+    env = await broker.environment()
+    await broker.sh(env, "true")
+    command = broker.shell(COUNT)
+    await broker.fetch(
+        "insert into executions (environment_id, id, project_id, epoch, sandbox) "
+        "values ($1, $2, $3, 1, 'x')",
+        env,
+        command.id,
+        broker.project_id,
+    )
+    assert (await broker.run(env, command)).exit.outcome == "unknown"
+    assert await broker.sh(env, "ls") == ""
+
+
+async def test_a_result_outlives_a_database_that_was_away(broker, cluster):
+    env = await broker.environment()
+    command = broker.shell(COUNT + "sleep 1; echo done")
+    running = asyncio.ensure_future(broker.run(env, command))
+    await until_running(broker, env, command.id)
+    name = broker.url.split("@/")[1].split("?")[0]
+    await cluster.execute(f'alter database "{name}" allow_connections false')
+    await cluster.execute(
+        f"select pg_terminate_backend(pid) from pg_stat_activity where datname = '{name}'"
+    )
+    ran = await asyncio.wait_for(running, 20)
+    assert (ran.out, ran.exit.code) == (b"done\n", 0), (ran, broker.log_path.read_text()[-6000:])
+    await asyncio.sleep(1)
+    assert broker.events("execution.not_stored")
+    await cluster.execute(f'alter database "{name}" allow_connections true')
+    await until_stored(broker, env)
+    assert (await broker.run(env, command)).out == b"done\n"
+    assert await broker.sh(env, "cat count") == "x\n"
+
+
+async def test_output_beyond_the_bound_has_a_mark_in_its_middle(broker):
+    env = await broker.environment()
+    command = broker.shell("seq 1 200000", max_output_bytes=10_000)
+    await broker.run(env, command)
+    await until_stored(broker, env)
+    ran = await broker.run(env, command)
+    whole = "".join(f"{number}\n" for number in range(1, 200_001)).encode()
+    assert ran.exit.truncated
+    assert ran.exit.output_bytes == len(whole)
+    assert len(ran.out) + ran.omitted == len(whole)
+    assert len(ran.out) <= 10_000 + 64
+    assert ran.out.startswith(b"1\n2\n3\n")
+    assert ran.out.endswith(b"199999\n200000\n")
+
+
+async def test_input_can_be_written_and_a_terminal_resized(broker):
+    env = await broker.environment()
+    command = broker.command("cat", has_stdin=True)
+    running = asyncio.ensure_future(broker.run(env, command))
+    await until_running(broker, env, command.id)
+    data = os.urandom(300_000)
+    at = (broker.address, env, command.id)
+    await broker.client.write_stdin(*at, data[:1000])
+    await broker.client.write_stdin(*at, data[1000:], is_last=True)
+    assert (await asyncio.wait_for(running, 20)).out == data
+
+    command = broker.shell("read line; stty size", pty=(24, 80), has_stdin=True)
+    running = asyncio.ensure_future(broker.run(env, command))
+    await until_running(broker, env, command.id)
+    await broker.client.resize(broker.address, env, command.id, rows=50, cols=132)
+    await broker.client.write_stdin(broker.address, env, command.id, b"\n")
+    assert b"50 132" in (await asyncio.wait_for(running, 20)).out
+
+
+async def test_a_time_limit_and_a_signal(broker):
+    env = await broker.environment()
+    ran = await broker.run(env, broker.shell("sleep 60", timeout_s=0.5))
+    assert ran.exit.timed_out
+    command = broker.shell("trap 'echo caught; exit 5' TERM; while :; do sleep 0.05; done")
+    running = asyncio.ensure_future(broker.run(env, command))
+    await until_running(broker, env, command.id)
+    await asyncio.sleep(0.3)
+    await broker.client.signal(broker.address, env, command.id, signal.SIGTERM)
+    ran = await asyncio.wait_for(running, 10)
+    assert (ran.out, ran.exit.code) == (b"caught\n", 5)
+
+
+async def test_what_the_sandbox_refuses_is_not_written_down(broker):
+    env = await broker.environment()
+    command = broker.command("1 + 1", session="main", pty=(24, 80))
+    with pytest.raises(SandboxError):
+        await broker.run(env, command)
+    assert await rows(broker, env) == []
+
+
+async def until_running(stage, env, name):
+    """The command has begun to run."""
+    async with asyncio.timeout(30):
+        while True:
+            for each in await stage.client.environments(stage.address):
+                if each["id"] == env.hex and name in each["executions"]:
+                    return
+            await asyncio.sleep(0.05)
+
+
+async def until_stored(stage, env):
+    async with asyncio.timeout(30):
+        while True:
+            if all(row["exit"] for row in await rows(stage, env)):
+                return
+            await asyncio.sleep(0.05)

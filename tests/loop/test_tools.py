@@ -1,0 +1,197 @@
+"""Server-side tools in the loop: committed before they run, run once, and never left open."""
+
+import orjson
+import pytest
+from tests.loop.stage import Bench, ScriptedModel, answer, down, play, said
+
+from openinteractions.errors import NotFound, Unready
+from openinteractions.loop.context import open_calls
+from openinteractions.loop.spec import Limits
+from openinteractions.loop.turn import fold
+from openinteractions.models.port import Finished, TextDelta, ToolCall
+from openinteractions.sandbox.port import Exit
+from openinteractions.tools.port import Done
+
+CODE = [{"type": "code_execution"}]
+LOOK = {"type": "function", "name": "look", "parameters": {"type": "object", "properties": {}}}
+FINISHED = Finished("tool_calls", {"total_input_tokens": 1, "total_tokens": 1})
+PNG = "iVBORw0KGgo="
+
+
+def runs(code: str, language: str = "python", call_id: str = "c1", **more):
+    arguments = {"language": language, "code": code}
+    return ToolCall(call_id, "code_execution", arguments, **more)
+
+
+def done(text: str = "", **end) -> Done:
+    return Done(Exit(**{"outcome": "exited", "code": 0, **end}), text)
+
+
+def call_step(code: str, language: str = "python", call_id: str = "c1") -> dict:
+    arguments = {"language": language, "code": code}
+    return {"type": "code_execution_call", "arguments": arguments, "id": call_id}
+
+
+def result_step(result, call_id: str = "c1", *, is_error: bool = False) -> dict:
+    return {
+        "type": "code_execution_result",
+        "result": result,
+        "is_error": is_error,
+        "call_id": call_id,
+    }
+
+
+async def test_code_is_run_and_its_output_goes_back_to_the_model():
+    bench = Bench([done("42\n")])
+    model = ScriptedModel([TextDelta("Let me see."), runs("6*7"), FINISHED], answer("It is 42."))
+    scene = await play(model, bench=bench, own_tools=CODE)
+    assert scene.outcome.status == "completed"
+    assert scene.steps == [
+        said("Let me see."),
+        call_step("6*7"),
+        result_step("42\n"),
+        said("It is 42."),
+    ]
+    assert bench.executed == [("2", ["6*7"], "main")]
+    assert model.calls[0].tools[0]["name"] == "code_execution"
+    assert model.shown(1)[-2:] == [call_step("6*7"), result_step("42\n")]
+    assert [step for step, _ in fold(scene.journal.events)] == scene.steps[:3] + scene.steps[3:]
+
+
+async def test_a_call_is_committed_before_it_runs_and_its_result_after():
+    bench = Bench([done("a"), done("b")])
+    calls = [runs("1", call_id="c1"), runs("ls", "bash", call_id="c2"), FINISHED]
+    scene = await play(ScriptedModel(calls, answer("ok")), bench=bench, own_tools=CODE)
+    committed = [[s["type"] for s in steps] for steps, _ in scene.journal.commits]
+    assert committed == [
+        ["code_execution_call", "code_execution_call"],
+        ["code_execution_result"],
+        ["code_execution_result"],
+    ]
+    assert bench.commits_seen == [1, 2]
+    assert [key for key, _, _ in bench.executed] == ["1", "2"]
+    assert bench.executed[1][1] == ["/bin/bash", "-c", "ls"]
+
+
+async def test_who_takes_over_runs_what_is_open_with_the_same_key():
+    generated = [call_step("1"), call_step("2", call_id="c2"), result_step("one")]
+    bench = Bench([done("two")])
+    model = ScriptedModel(answer("ok"))
+    scene = await play(model, bench=bench, own_tools=CODE, generated=generated)
+    assert [(key, argv) for key, argv, _ in bench.executed] == [("2", ["2"])]
+    assert scene.steps[3] == result_step("two", "c2")
+    assert scene.outcome.status == "completed"
+
+
+async def test_a_call_of_the_callers_waits_beside_ours():
+    bench = Bench([done("x")])
+    turn = [runs("1"), ToolCall("f1", "look", {}), FINISHED]
+    scene = await play(ScriptedModel(turn), bench=bench, own_tools=CODE, tools=[LOOK])
+    assert scene.outcome.status == "requires_action"
+    assert [s["type"] for s in scene.steps] == [
+        "code_execution_call",
+        "function_call",
+        "code_execution_result",
+    ]
+    assert [step["id"] for _, step in open_calls(scene.steps)] == ["f1"]
+    # Who takes over between the result and the end asks no model.
+    again = await play(
+        ScriptedModel(), bench=Bench(), own_tools=CODE, tools=[LOOK], generated=scene.steps
+    )
+    assert again.outcome.status == "requires_action"
+
+
+async def test_wrong_arguments_are_the_result():
+    bench = Bench()
+    calls = [ToolCall("c1", "code_execution", {"code": 1}), FINISHED]
+    scene = await play(ScriptedModel(calls, answer("sorry")), bench=bench, own_tools=CODE)
+    assert scene.outcome.status == "completed"
+    assert bench.executed == []
+    assert scene.steps[1]["is_error"]
+    assert "language" in scene.steps[1]["result"] or "code" in scene.steps[1]["result"]
+
+
+async def test_a_function_that_does_not_exist_is_told_to_the_model():
+    bench = Bench()
+    calls = [ToolCall("c1", "nonsense", {}), FINISHED]
+    scene = await play(ScriptedModel(calls, answer("ok")), bench=bench, own_tools=CODE)
+    assert (scene.outcome.status, scene.steps) == ("completed", [said("ok")])
+
+
+@pytest.mark.parametrize(
+    ("end", "says"),
+    [
+        (done("boom\n", code=1), "boom\n[Exit code 1.]"),
+        (done("", code=3), "[Exit code 3.]"),
+        (done("..", timed_out=True), "longer than 600 seconds"),
+        (done("", code=None, signal=9), "signal 9. It may have used more memory"),
+        (done("", outcome="unknown", code=None), "Outcome unknown"),
+        (done("", outcome="killed", code=None), "Stopped."),
+        (Unready("No broker answers."), "it is unknown whether this ran: No broker answers."),
+        (NotFound("Environment 'e' not found."), "could not run this: Environment"),
+    ],
+)
+async def test_what_goes_wrong_is_said(end, says):
+    model = ScriptedModel([runs("x", "bash"), FINISHED], answer("ok"))
+    scene = await play(model, bench=Bench([end]), own_tools=CODE)
+    assert scene.outcome.status == "completed"
+    assert scene.steps[1]["is_error"]
+    assert says in scene.steps[1]["result"]
+
+
+async def test_open_figures_are_images():
+    bench = Bench([done("drawn\n"), done(f"{PNG}\n{PNG}\n")])
+    model = ScriptedModel([runs("plt.plot([1])"), FINISHED], answer("ok"))
+    scene = await play(model, bench=bench, own_tools=CODE)
+    image = {"type": "image", "mime_type": "image/png", "data": PNG}
+    assert scene.steps[1]["result"] == [{"type": "text", "text": "drawn\n"}, image, image]
+    assert [key for key, _, _ in bench.executed] == ["1", "1.figures"]
+
+
+async def test_an_unknown_language_and_code_that_is_too_long():
+    calls = [runs("x", "cobol", "c1"), runs("#" * 200_000, "bash", "c2"), FINISHED]
+    bench = Bench()
+    scene = await play(ScriptedModel(calls, answer("ok")), bench=bench, own_tools=CODE)
+    assert bench.executed == []
+    assert [s["is_error"] for s in scene.steps[2:4]] == [True, True]
+    assert "100 kB" in scene.steps[3]["result"]
+
+
+async def test_the_time_limit_stops_what_runs_and_leaves_nothing_open():
+    bench = Bench(is_stuck=True)
+    limits = Limits(max_seconds=0.1)
+    model = ScriptedModel([runs("while True: pass"), FINISHED])
+    scene = await play(model, bench=bench, own_tools=CODE, limits=limits)
+    assert scene.outcome.status == "budget_exceeded"
+    assert bench.killed == ["1"]
+    assert open_calls(scene.steps) == []
+    assert scene.run.uncommitted == [result_step("The run's time limit is reached.", is_error=True)]
+
+
+async def test_a_model_that_must_call_may_answer_once_it_has():
+    bench = Bench([done("x")])
+    model = ScriptedModel([runs("1"), FINISHED], answer("ok"))
+    await play(model, bench=bench, own_tools=CODE, tool_choice="any")
+    assert [call.tool_choice for call in model.calls] == ["any", "auto"]
+
+
+async def test_a_broken_turn_shows_no_call():
+    bench = Bench([done("1")])
+    model = ScriptedModel(
+        [TextDelta("a"), runs("0"), down()], [TextDelta("b"), runs("1"), FINISHED], answer("ok")
+    )
+    scene = await play(model, bench=bench, own_tools=CODE)
+    assert [argv for _, argv, _ in bench.executed] == [["1"]]
+    assert [s["type"] for s in scene.steps].count("code_execution_call") == 1
+    # The broken text and the note about it come first: the key counts them.
+    place = [s["type"] for s in scene.steps].index("code_execution_call")
+    assert bench.executed[0][0] == str(place + 1)
+
+
+async def test_an_unwatched_run_is_the_same():
+    bench = Bench([done("42")])
+    model = ScriptedModel([runs("6*7"), FINISHED], answer("ok"))
+    scene = await play(model, bench=bench, own_tools=CODE, watched=False)
+    assert scene.steps == [call_step("6*7"), result_step("42"), said("ok")]
+    assert scene.journal.events == []
+    assert orjson.dumps(scene.steps)
