@@ -19,7 +19,6 @@ from pathlib import Path
 from uuid import UUID, uuid4
 
 import aiohttp
-import orjson
 import psutil
 
 from benchmarks.run import Goal, _folder, _line, _load, _server, _show_logs
@@ -34,6 +33,7 @@ _ROUNDS = 9
 _MANY = 60
 _BLOB = 100 * 10**6
 _KEY = f"oi_bench_{secrets.token_hex(16)}"
+BROKER = f"bench-{secrets.token_hex(4)}"
 _ENGINE = "/var/run/docker.sock"
 _UNTIL_UP_S = 60
 
@@ -155,7 +155,7 @@ async def commands(place: Place) -> None:
     """Further commands, beside `docker exec` through the engine's API and a bare process."""
     environment = await place.make()
     await place.run(environment, "true")
-    name = await _container(place, environment)
+    name = await _container(place)
     ours, theirs, floor = [], [], []
     for _ in range(_MANY):
         ours.append((await place.run(environment, "true"))[1])
@@ -176,14 +176,11 @@ async def commands(place: Place) -> None:
     await place.client.delete(place.address, environment)
 
 
-async def _container(place: Place, environment: UUID) -> str:
+async def _container(place: Place) -> str:
+    """Any sandbox of ours: they are all alike to the engine."""
     async with place.engine.get("http://engine/containers/json") as answer:
         found = await answer.json()
-    for container in found:
-        text = orjson.dumps([container["Names"], container["Labels"]]).decode()
-        if environment.hex in text:
-            return container["Id"]
-    raise RuntimeError("the environment's container was not found by its name")
+    return next(c["Id"] for c in found if c["Labels"].get("openinteractions.broker") == BROKER)
 
 
 async def files(place: Place) -> None:
@@ -262,6 +259,7 @@ async def _opened(folder: Path) -> AsyncGenerator[Place]:
     settings = {
         "OI_BOOTSTRAP_API_KEY": _KEY,
         "OI_SANDBOX__ENABLED": "on",
+        "OI_SANDBOX__BROKER": BROKER,
         "OI_SANDBOX__IMAGE": IMAGE,
         "OI_SANDBOX__MEMORY_BYTES": str(2**30),
     }

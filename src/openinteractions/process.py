@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import aiohttp
 import structlog
 
-from openinteractions import __version__, crypto, tracing
+from openinteractions import __version__, tracing
 from openinteractions.crypto import Sealer, sealer
 from openinteractions.db.engine import Database
 from openinteractions.events.follow import Hub, Notifier, Tail
@@ -89,10 +89,7 @@ async def opened(settings: Settings, database: Database, *, role: str) -> AsyncG
         member = await stack.enter_async_context(Member(database, timing, role=role).joined())
         key, old = settings.master_keys()
         seal = await asyncio.to_thread(sealer, key, old, settings.home())
-        token = crypto.broker_token(
-            await asyncio.to_thread(crypto.master_key, key, settings.home())
-        )
-        client = BrokerClient(token, tls=_tls(settings.sandbox))
+        client = BrokerClient(seal.broker_token, tls=_tls(settings.sandbox))
         stack.push_async_callback(client.close)
         environments = Environments(database, client, seal, fetcher, _rules(settings.sandbox))
         executor = Executor(

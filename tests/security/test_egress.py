@@ -74,7 +74,8 @@ LITERALS = [
 SPELLINGS = [
     "2130706433", "0x7f000001", "0x7f.0.0.1", "0177.0.0.1", "127.1", "127.0.1", "017700000001", "0",
     "127.0.0.1.", "[::1%25lo]", "[fe80::1%eth0]", "user@127.0.0.1", "a.com@127.0.0.1",
-    "1.1.1.1#@127.0.0.1", "127.0.0.1%00.example.com", "[127.0.0.1]", "127.0.0.1\\.example.com", "%31%32%37.0.0.1",
+    "1.1.1.1#@127.0.0.1", "127.0.0.1%00.example.com", "[127.0.0.1]",
+    "127.0.0.1\\.example.com", "%31%32%37.0.0.1",
 ]  # fmt: skip
 
 
@@ -111,7 +112,8 @@ async def test_odd_spellings_are_no_hosts(guarded: Rig, address: str):
     "answers",
     [
         ["127.0.0.1"], ["10.0.0.1"], ["169.254.169.254"], ["::1"], ["::ffff:10.0.0.1"],
-        ["fe80::1%2"], ["8.8.8.8", "127.0.0.1"], ["2606:4700::1111", "fd00::1"], ["64:ff9b::7f00:1"],
+        ["fe80::1%2"], ["8.8.8.8", "127.0.0.1"], ["2606:4700::1111", "fd00::1"],
+        ["64:ff9b::7f00:1"],
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("network", [None, allow(GOOD), OPENED], ids=["open", "listed", "opened"])
@@ -264,7 +266,7 @@ BAD = [
     b"GET / HTTP/1.1\r\nHost: @\r\nX: a\rb\r\n\r\n",
     b"GET / HTTP/1.1\r\nHost: @\r\nX: a\n b\r\n\r\n",
     b"GET / HTTP/1.1\r\nHost: @\r\nX: a\0b\r\n\r\n",
-    b"POST / HTTP/1.1\r\nHost: @\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    b"POST / HTTP/1.1\r\nHost: @\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n",
     b"POST / HTTP/1.1\r\nHost: @\r\nContent-Length: 4\r\nContent-Length: 5\r\n\r\nabcd",
     b"POST / HTTP/1.1\r\nHost: @\r\nTransfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
     b"POST / HTTP/1.1\r\nHost: @\r\nTransfer-Encoding : chunked\r\n\r\n0\r\n\r\n",
@@ -419,8 +421,10 @@ async def test_a_forged_host_gets_no_credential(rig: Rig, tmp_path: Path):
         "GET / HTTP/1.1\r\nHost: {h}\r\nAuthorization: Basic {b}\r\n\r\n",
         "GET / HTTP/1.1\r\nHost: {h}\r\nauthorization: bAsIc   {b}\r\n\r\n",
         "POST / HTTP/1.1\r\nHost: {h}\r\nContent-Length: {n}\r\n\r\n{m}",
-        "POST / HTTP/1.1\r\nHost: {h}\r\nTransfer-Encoding: chunked\r\n\r\n"
-        "5\r\n{m5}\r\n{r:x}\r\n{mr}\r\n0\r\n\r\n",
+        (
+            "POST / HTTP/1.1\r\nHost: {h}\r\nTransfer-Encoding: chunked\r\n\r\n"
+            "5\r\n{m5}\r\n{r:x}\r\n{mr}\r\n0\r\n\r\n"
+        ),
         "POST / HTTP/1.1\r\nHost: {h}\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX: {m}\r\n\r\n",
     ],
 )  # fmt: skip

@@ -81,8 +81,9 @@ def _unix(path: Path, settings: SandboxSettings) -> Listener:
         # Who holds the data folder's lock is the only one: a socket that is there is a dead one's.
         path.unlink(missing_ok=True)
         listener.bind(str(path))
-        # Its group too: an api or a worker may run as another user. The token is asked for anyway.
-        path.chmod(0o660)
+        # Where it was asked for, its group too: an api or a worker may run as another user. The
+        # token is asked for anyway.
+        path.chmod(0o600 if settings.listen is None else 0o660)
         listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()

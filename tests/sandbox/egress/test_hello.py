@@ -4,7 +4,7 @@ import contextlib
 import ssl
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openinteractions.sandbox.egress import hello
@@ -54,6 +54,7 @@ def test_the_name_is_found(tls12: bool):
     assert hello.parse(said(None, tls12=tls12)) == Hello(None, is_encrypted=False)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 600))
 def test_the_name_is_found_over_many_records(size: int):
     whole = records(HELLO[5:], size)
@@ -90,12 +91,14 @@ def test_malformed_hellos_are_refused(data: bytes):
         hello.parse(data)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200), st.booleans())
 def test_any_bytes_are_a_hello_or_not(data: bytes, has_head: bool):
     with contextlib.suppress(NotTls):
         hello.parse(b"\x16\x03\x01" + data if has_head else data)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 400), st.integers(0, 255))
 def test_a_changed_hello_is_never_an_accident(at: int, value: int):
     data = bytearray(HELLO)

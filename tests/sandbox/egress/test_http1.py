@@ -4,7 +4,7 @@ import asyncio
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openinteractions.sandbox.egress import http1
@@ -153,6 +153,7 @@ def test_a_malformed_answer_is_refused(head: bytes):
 cuts = st.lists(st.integers(0, 300), max_size=8)
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(min_size=1, max_size=40), max_size=6), cuts)
 def test_chunks_are_taken_apart_wherever_they_are_cut(pieces: list[bytes], at: list[int]):
     data = b"".join(http1.chunk(each) for each in pieces)
@@ -162,6 +163,7 @@ def test_chunks_are_taken_apart_wherever_they_are_cut(pieces: list[bytes], at: l
     assert body.trailers == [(b"X-Sum", b"1")]
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=80), cuts)
 def test_a_length_is_kept_to(data: bytes, at: list[int]):
     async def work():
@@ -201,6 +203,7 @@ def test_a_body_that_is_cut_off_is_noticed():
         run(content(b"abc", 4, []))
 
 
+@settings(deadline=None)
 @given(cuts)
 def test_a_head_is_found_wherever_it_is_cut(at: list[int]):
     data = b"\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\nrest"
@@ -232,6 +235,7 @@ def test_the_end_before_a_head_is_no_error():
     assert run(work()) is None
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300))
 def test_any_bytes_are_a_head_or_refused(data: bytes):
     for parse in (http1.parse_request, http1.parse_response):

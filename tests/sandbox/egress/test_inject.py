@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 import pytest
 from aiohttp import web
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openinteractions.errors import Unready
@@ -345,6 +345,7 @@ async def test_trace_cannot_mirror_credentials(site: Rig):
     await refused(site, ask(method="TRACE"), "method TRACE")
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.sampled_from(["__GEMINI_CRED_", "a__", "a", "__", "_", "x", "b__", "__GEMINI_CRED_a__",

@@ -1,7 +1,7 @@
 """Which hosts rules cover."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openinteractions.errors import Invalid
@@ -73,6 +73,7 @@ def test_hosts_have_one_spelling(written: str, normal: str | None):
     assert found == normal or (found == "::ffff:a00:1" and normal == "::ffff:10.0.0.1")
 
 
+@settings(deadline=None)
 @given(st.text(max_size=40) | names)
 def test_the_one_spelling_is_stable(text: str):
     found = hosts.normal(text)
@@ -81,6 +82,7 @@ def test_the_one_spelling_is_stable(text: str):
         assert found.isascii()
 
 
+@settings(deadline=None)
 @given(names, names)
 def test_a_wildcard_covers_just_what_is_below(name: str, label: str):
     below = f"{label}.{name}"

@@ -53,7 +53,7 @@ class PlaceholderInjection:
     """Of `header`, `query` and `body`; a placeholder elsewhere: the request is to be refused."""
     trusted_domains: tuple[str, ...] | None
     """Exact hosts, `*.example.com` or `*`; a placeholder on its way elsewhere: the same. None: the
-    caller named none."""
+    credential names no hosts."""
 
     @property
     def placeholder(self) -> str:

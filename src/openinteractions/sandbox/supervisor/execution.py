@@ -364,6 +364,8 @@ class Command(Execution):
         for fd in self._outputs:
             loop.remove_reader(fd)
             self._lingering.adopt(fd)
+        if self._terminal is not None and self._terminal not in self._outputs:
+            os.close(self._terminal)
         self._outputs.clear()
         self._terminal = None
         self._close_stdin()
@@ -386,9 +388,10 @@ class Command(Execution):
             return True
         asyncio.get_running_loop().remove_reader(fd)
         del self._outputs[fd]
-        if fd == self._terminal:
-            self._terminal = None
-        os.close(fd)
+        if fd != self._terminal:
+            # A terminal stays open until the command has ended: closing it hangs up on those
+            # that have closed their side and are about to exit.
+            os.close(fd)
         self.changed.ring()
         return False
 

@@ -1,0 +1,317 @@
+"""The broker's routes for files and uploads, over a real socket."""
+
+import asyncio
+import io
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from uuid import UUID
+
+import aiohttp
+import pytest
+from aiohttp import web
+from yarl import URL
+
+from openinteractions.broker import errors
+from openinteractions.broker.files import add_file_routes
+from openinteractions.errors import Conflict, Invalid, NotFound, TooLarge, Unready
+from openinteractions.sandbox.client import BrokerClient
+from openinteractions.sandbox.files.tree import Tree
+from tests.sandbox.trees import OWNER, archive, member, plant, stream, unpacked
+
+ENV = UUID(int=1)
+BASE = f"http://broker/v1/environments/{ENV.hex}"
+
+
+class Broker:
+    """A broker that only has files."""
+
+    def __init__(self, disk: Path) -> None:
+        self.disk = disk
+        self.workspace = disk / "root/workspace"
+        self.socket = str(disk / "broker.sock")
+        self.is_broken = False
+        self.opened = 0
+        plant(disk)
+
+    @asynccontextmanager
+    async def tree(self, env: str) -> AsyncIterator[Tree]:
+        if env == "busy":
+            raise Unready("Not now.", retry_after_s=2)
+        if self.is_broken:
+            raise ZeroDivisionError("a bug")
+        if env != ENV.hex:
+            raise NotFound(f"Environment '{env}' not found.")
+        self.opened += 1
+        try:
+            yield Tree(self.disk / "root", uid=OWNER, gid=OWNER, environment="env1")
+        finally:
+            self.opened -= 1
+
+    def leftovers(self) -> list[str]:
+        """What lies in staging, and what is open."""
+        staging = self.disk / "staging"
+        names = [path.name for path in staging.iterdir()] if staging.exists() else []
+        return names + ["a tree"] * self.opened
+
+    async def settled(self) -> bool:
+        """Whether nothing is left within a moment."""
+        for _ in range(100):
+            if not self.leftovers():
+                return True
+            await asyncio.sleep(0.05)
+        return False
+
+
+@pytest.fixture
+async def broker(tmp_path: Path) -> AsyncIterator[Broker]:
+    broker = Broker(tmp_path)
+    app = web.Application(middlewares=[errors.rendered])
+    add_file_routes(app.router, broker.tree, max_upload_bytes=64 << 20, max_extracted_bytes=1 << 20)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    await web.UnixSite(runner, broker.socket).start()
+    yield broker
+    await runner.cleanup()
+
+
+@pytest.fixture
+async def http(broker: Broker) -> AsyncIterator[aiohttp.ClientSession]:
+    connector = aiohttp.UnixConnector(broker.socket)
+    async with aiohttp.ClientSession(connector=connector) as session:
+        yield session
+
+
+@pytest.fixture
+async def client(broker: Broker) -> AsyncIterator[tuple[BrokerClient, str]]:
+    client = BrokerClient("token")
+    yield client, f"unix://{broker.socket}"
+    await client.close()
+
+
+async def call(http: aiohttp.ClientSession, method: str, path: str, data=None) -> tuple[int, dict]:
+    async with http.request(method, URL(BASE + path, encoded=True), data=data) as response:
+        assert response.content_type == "application/json"
+        return response.status, await response.json()
+
+
+async def refused(http: aiohttp.ClientSession, method: str, path: str, data=None) -> str:
+    status, answer = await call(http, method, path, data)
+    assert list(answer) == ["error"]
+    assert set(answer["error"]) == {"code", "message"}
+    return f"{status} {answer['error']['code']}"
+
+
+async def test_files_go_through_the_client_and_back(client, broker):
+    broker_client, address = client
+    content = os.urandom(5 << 20)
+    where = (address, ENV)
+    written = await broker_client.write(
+        *where, "workspace/d/ä b?.bin", stream(content), overwrite=False
+    )
+    assert [(entry.path, entry.size_bytes) for entry in written] == [
+        ("workspace/d/ä b?.bin", 5 << 20)
+    ]
+    assert await broker_client.stat(*where, "workspace/d/ä b?.bin") == written[0]
+    async with broker_client.read(*where, "workspace/d/ä b?.bin") as file:
+        assert (file.size, file.mime_type) == (5 << 20, "application/octet-stream")
+        assert b"".join([chunk async for chunk in file]) == content
+    async with broker_client.read(*where, "workspace/d/ä b?.bin", offset=7, length=9) as file:
+        assert file.size == 5 << 20
+        assert b"".join([chunk async for chunk in file]) == content[7:16]
+    await broker_client.mkdir(*where, "home/new")
+    entries, after = await broker_client.list(*where, "", recursive=True, limit=2)
+    assert ([entry.path for entry in entries], after) == ([".agents", "home"], "home")
+    entries, after = await broker_client.list(*where, "", recursive=True, after=after)
+    assert after is None
+    assert [entry.path for entry in entries] == [
+        "home/new",
+        "workspace",
+        "workspace/d",
+        "workspace/d/ä b?.bin",
+    ]
+    async with broker_client.tar(*where, "workspace") as tar:
+        assert unpacked(b"".join([piece async for piece in tar])) == {
+            "d": None,
+            "d/ä b?.bin": content,
+        }
+    with pytest.raises(Conflict):
+        await broker_client.write(*where, "workspace/d/ä b?.bin", b"x", overwrite=False)
+    await broker_client.remove(*where, "workspace/d", recursive=True)
+    with pytest.raises(NotFound):
+        await broker_client.stat(*where, "workspace/d")
+    assert await broker.settled()
+
+
+async def test_uploads_go_through_the_client(client, broker):
+    broker_client, address = client
+    where = (address, ENV)
+    packed = archive(member("a", b"a"), member("b/c", b"c"), mode="w:gz")
+    assert await broker_client.append_upload(*where, "u", 0, packed[:10]) == 10
+    assert await broker_client.append_upload(*where, "u", 0, packed[:10]) == 10
+    with pytest.raises(Invalid, match="next offset is 10"):
+        await broker_client.append_upload(*where, "u", 11, b"x")
+    assert await broker_client.append_upload(*where, "u", 10, packed[10:]) == len(packed)
+    assert await broker_client.upload_size(*where, "u") == len(packed)
+    extracted = await broker_client.commit_upload(
+        *where, "u", "workspace/x", overwrite=False, extract=True
+    )
+    assert [entry.path for entry in extracted] == ["workspace/x/a", "workspace/x/b/c"]
+    await broker_client.append_upload(*where, "v", 0, b"file")
+    written = await broker_client.commit_upload(*where, "v", "workspace/v", overwrite=False)
+    assert [entry.size_bytes for entry in written] == [4]
+    await broker_client.append_upload(*where, "w", 0, b"file")
+    await broker_client.drop_upload(*where, "w")
+    await broker_client.drop_upload(*where, "w")
+    with pytest.raises(NotFound):
+        await broker_client.upload_size(*where, "w")
+    content = archive(member("a", bytes(2 << 20)), mode="w:gz")
+    with pytest.raises(TooLarge):
+        await broker_client.write(*where, "workspace", content, overwrite=True, extract=True)
+    assert await broker.settled()
+
+
+@pytest.mark.parametrize(
+    ("path", "parts"),
+    [
+        ("/files", ""),
+        ("/files/", ""),
+        ("/files//", ""),
+        ("/files/.", ""),
+        ("/files/workspace/", "workspace"),
+        ("/files//workspace/a%20b", "workspace/a b"),
+        ("/files/workspace%2Fa%20b", "workspace/a b"),
+        ("/files//home/agent/h", "home/h"),
+    ],
+)
+async def test_a_path_may_be_spelled_in_several_ways(http, broker, path, parts):
+    (broker.workspace / "a b").touch()
+    (broker.disk / "root/home/h").touch()
+    status, answer = await call(http, "GET", path)
+    assert (status, answer["path"]) == (200, parts)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "code"),
+    [
+        ("GET", "/files/workspace/no", "404 not_found"),
+        ("GET", "/files/../../../etc/passwd?op=read", "400 invalid_request"),
+        ("GET", "/files/workspace/%2e%2e/%2e%2e/x", "400 invalid_request"),
+        ("GET", "/files/workspace/a%2F..%2F..", "400 invalid_request"),
+        ("GET", "/files/workspace/%00", "400 invalid_request"),
+        ("GET", "/files/workspace?op=read", "400 invalid_request"),
+        ("GET", "/files/workspace?op=nonsense", "400 invalid_request"),
+        ("GET", "/files/workspace?op=list&limit=0", "400 invalid_request"),
+        ("GET", "/files/workspace?op=list&limit=10001", "400 invalid_request"),
+        ("GET", "/files/workspace?op=list&limit=x", "400 invalid_request"),
+        ("GET", "/files/workspace?op=list&recursive=maybe", "400 invalid_request"),
+        ("GET", "/files/workspace/a?op=read&offset=-1", "400 invalid_request"),
+        ("GET", "/files/workspace/a?op=read&offset=2", "400 invalid_request"),
+        ("GET", "/files/workspace/a?op=tar", "400 invalid_request"),
+        ("PUT", "/files/workspace/a", "409 aborted"),
+        ("PUT", "/files/etc/a", "400 invalid_request"),
+        ("PUT", "/files/workspace?extract=true", "400 invalid_request"),
+        ("POST", "/files/workspace/x", "400 invalid_request"),
+        ("POST", "/files/workspace/a?op=mkdir", "409 aborted"),
+        ("DELETE", "/files/workspace", "400 invalid_request"),
+        ("DELETE", "/files/workspace/no", "404 not_found"),
+        ("PATCH", "/files/workspace/a", "405 method_not_allowed"),
+        ("GET", "/nothing", "404 not_found"),
+        ("GET", "/uploads/no", "404 not_found"),
+        ("PUT", "/uploads/a.b", "400 invalid_request"),
+        ("PUT", "/uploads/a?offset=5", "404 not_found"),
+        ("POST", "/uploads/no/commit?path=workspace/x", "404 not_found"),
+        ("POST", "/uploads/no/commit", "400 invalid_request"),
+    ],
+)
+async def test_refusals_have_a_status_and_a_code(http, broker, method, path, code):
+    (broker.workspace / "a").write_bytes(b"a")
+    assert await refused(http, method, path, b"x" if method == "PUT" else None) == code
+    assert await broker.settled()
+
+
+async def test_an_unknown_environment_and_a_bug(http, broker):
+    async with http.get("http://broker/v1/environments/busy/files") as response:
+        assert (response.status, response.headers["Retry-After"]) == (503, "2")
+    async with http.get("http://broker/v1/environments/other/files") as response:
+        assert response.status == 404
+    broker.is_broken = True
+    status, answer = await call(http, "GET", "/files")
+    assert (status, answer["error"]["code"]) == (500, "internal")
+    assert "bug" not in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("framing", ["Content-Length: 4000000", "Transfer-Encoding: chunked"])
+@pytest.mark.parametrize(
+    "path",
+    ["files/workspace/a", "files/workspace/a?overwrite=true", "files/workspace/x?extract=true"],
+)
+async def test_a_client_that_goes_away_leaves_nothing(broker, framing, path):
+    (broker.workspace / "kept").write_bytes(b"kept")
+    _, writer = await asyncio.open_unix_connection(broker.socket)
+    head = f"PUT /v1/environments/{ENV.hex}/{path} HTTP/1.1\r\nHost: b\r\n{framing}\r\n\r\n"
+    body = b"x" * (3 << 20)
+    if "chunked" in framing:
+        body = b"%x\r\n%s\r\n" % (len(body), body)
+    writer.write(head.encode() + body)
+    await writer.drain()
+    for _ in range(100):
+        if broker.leftovers():
+            break
+        await asyncio.sleep(0.02)
+    writer.close()
+    await writer.wait_closed()
+    assert await broker.settled()
+    assert [file.name for file in broker.workspace.iterdir()] == ["kept"]
+
+
+async def test_what_arrived_of_an_upload_stays(broker, http):
+    _, writer = await asyncio.open_unix_connection(broker.socket)
+    path = f"/v1/environments/{ENV.hex}/uploads/u?offset=0"
+    head = f"PUT {path} HTTP/1.1\r\nHost: b\r\nContent-Length: 4000000\r\n\r\n"
+    writer.write(head.encode() + b"x" * (3 << 20))
+    await writer.drain()
+    await asyncio.sleep(0.3)
+    writer.close()
+    await writer.wait_closed()
+    assert await broker.settled()
+    _, answer = await call(http, "GET", "/uploads/u")
+    assert 1 << 20 <= answer["size"] <= 3 << 20
+    status, answer = await call(http, "PUT", "/uploads/u?offset=0", io.BytesIO(b"x" * 4_000_000))
+    assert (status, answer) == (200, {"size": 4_000_000})
+
+
+async def test_a_download_that_cannot_be_finished_does_not_look_finished(broker, http):
+    file = broker.workspace / "log"
+    file.write_bytes(b"x" * (20 << 20))
+    async with http.get(f"{BASE}/files/workspace/log?op=read") as response:
+        await response.content.readany()
+        os.truncate(file, 1000)
+        with pytest.raises((aiohttp.ClientPayloadError, ConnectionError)):
+            await response.read()
+    assert await broker.settled()
+
+
+async def test_a_reader_that_goes_away_frees_the_file(broker, http):
+    (broker.workspace / "log").write_bytes(b"x" * (20 << 20))
+    for query in ("log?op=read", "?op=tar"):
+        async with http.get(f"{BASE}/files/workspace/{query}") as response:
+            await response.content.readany()
+            response.close()
+        assert await broker.settled()
+
+
+async def test_many_at_once(http, broker):
+    async def one(number: int) -> None:
+        content = bytes([number]) * 300_000
+        path = f"/files/workspace/f{number}"
+        status, _ = await call(http, "PUT", path, content)
+        assert status == 200
+        async with http.get(f"{BASE}{path}?op=read") as response:
+            assert await response.read() == content
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(40):
+            group.create_task(one(number))
+    assert await broker.settled()
