@@ -25,9 +25,13 @@ check: ## Run the checks alone: format, lint, imports, types
 	@scripts/setup --dev
 	@scripts/check
 
-bench: ## Measure against the floor
+bench: ## Measure turns, sandboxes and the egress proxy against what they cannot avoid
 	@scripts/setup --dev
+	@scripts/docker
+	@scripts/sandbox-image slim
 	@.venv/bin/python -m benchmarks.run $(ARGS)
+	@.venv/bin/python -m benchmarks.sandbox
+	@.venv/bin/python -m benchmarks.egress
 
 gap: ## Count runs that end well, ours and a naive chain's, side by side
 	@scripts/setup --dev

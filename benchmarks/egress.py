@@ -1,8 +1,8 @@
 """`python -m benchmarks.egress`: the way out of sandboxes beside a direct connection, in one run.
 
 Three processes: the server, the proxy (behind a socket, where a sandbox has its pipe), and the
-load. The server speaks just enough HTTP over TLS to be no bottleneck. Rounds take turns; what counts are
-the medians' differences and ratios.
+load. The server speaks just enough HTTP over TLS to be no bottleneck. Rounds take turns; what
+counts are the medians' differences and ratios.
 """
 
 import argparse

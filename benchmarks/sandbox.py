@@ -50,8 +50,10 @@ class Place:
     server: psutil.Process
 
     async def make(self) -> UUID:
-        """An environment, without a disk yet."""
-        async with self.http.post(f"{self.base}/environments", json={}) as answer:
+        """An environment with one file, so that it has its disk."""
+        body = {"sources": [{"type": "inline", "target": "workspace/a.txt", "content": "a"}]}
+        async with self.http.post(f"{self.base}/environments", json=body) as answer:
+            assert answer.status == 200, await answer.text()
             return UUID((await answer.json())["id"])
 
     async def run(self, environment: UUID, *argv: str) -> tuple[float, float]:
@@ -130,8 +132,6 @@ async def starts(place: Place) -> None:
     for _ in range(_ROUNDS):
         await place.until_warm()
         first, second = await place.make(), await place.make()
-        await place.client.ensure(place.address, first)
-        await place.client.ensure(place.address, second)
         warm.append((await place.run(first, "echo", "ready"))[0])
         # The pool has one, and the next is not ready yet.
         cold.append((await place.run(second, "echo", "ready"))[0])
@@ -228,10 +228,6 @@ async def idle(place: Place) -> None:
     made: list[UUID] = []
     for _ in range(50):
         made.append(await place.make())
-        await place.client.ensure(place.address, made[-1])
-        await place.client.write(
-            place.address, made[-1], "workspace/a.txt", b"a", overwrite=True, extract=False
-        )
         await place.client.stop(place.address, made[-1])
     grown = (broker.memory_info().rss - before) / 2**20
     _line(

@@ -5,7 +5,6 @@ import contextlib
 import json
 import tempfile
 from dataclasses import dataclass, field
-from pathlib import Path
 from uuid import UUID
 
 import pytest
@@ -44,7 +43,6 @@ class Broker:
 
     async def stop(self):
         await self.runner.cleanup()
-        Path(self.path).unlink(missing_ok=True)
 
     async def handle(self, request):
         body = await request.read()
@@ -216,16 +214,11 @@ async def test_a_first_refusal_is_the_callers(broker, client):
 async def test_a_restart_that_takes_too_long_is_given_up(broker):
     client = BrokerClient("token", patience_s=0.5, restart_s=0.5)
     broker.answers = [frames(messages.event("started"), is_cut=True)]
-
-    async def stop_then():
-        while not broker.requests:
-            await asyncio.sleep(0.01)
-        await broker.stop()
-
-    stopping = asyncio.ensure_future(stop_then())
+    pieces = asyncio.ensure_future(collected(client, broker))
+    await asyncio.sleep(0.1)
+    await broker.stop()
     with pytest.raises(errors.Unready):
-        await asyncio.wait_for(collected(client, broker), 10)
-    await stopping
+        await asyncio.wait_for(pieces, 10)
     await client.close()
 
 
@@ -264,7 +257,7 @@ async def test_an_upload_streams_its_body(broker, client):
 
 
 async def test_killing_what_is_not_there_is_fine(broker, client):
-    broker.answers = [refusal(404, "not_found", "No such execution.")] * 2
+    broker.answers = [refusal(404, "not_found", "No such execution.") for _ in range(2)]
     await client.kill(broker.address, ENV, "run.1", epoch=4)
     assert json.loads(broker.requests[0][2]) == {"signal": 9, "epoch": 4}
     await client.drop_upload(broker.address, ENV, "u")

@@ -142,7 +142,8 @@ async def test_asks_for_exactly_this_container(engine, backend):
     tmp = "rw,nosuid,nodev"
     assert engine.body == {
         "Image": "oi/x",
-        "Cmd": ["python3", "-c", "1"],
+        "Entrypoint": ["python3"],
+        "Cmd": ["-c", "1"],
         "Env": ["A=b=c"],
         "User": "1234:1234",
         "Labels": {"l": "v"},
@@ -191,7 +192,12 @@ async def test_asks_for_exactly_this_container(engine, backend):
             "RestartPolicy": {"Name": "no"},
             "Dns": ["127.0.0.1"],
             "ExtraHosts": ["sandbox:127.0.0.1"],
-            "Sysctls": {"net.ipv4.ip_unprivileged_port_start": "0"},
+            "Sysctls": {
+                "net.ipv4.ip_unprivileged_port_start": "0",
+                "kernel.shm_rmid_forced": "1",
+                "kernel.msgmni": "64",
+                "kernel.sem": "250 32000 100 128",
+            },
         },
     }
 

@@ -69,7 +69,7 @@ class Recipe:
             image=self.image,
             argv=boot_argv(),
             limits=self.limits,
-            mounts=[*mounts, Mount(source=self.bundle, target=CA_BUNDLE)],
+            mounts=[*mounts, Mount(source=self.bundle, target=CA_BUNDLE, is_read_only=True)],
             env=STANDARD,
             labels=labels,
             runtime=self.runtime,

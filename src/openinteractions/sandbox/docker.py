@@ -52,6 +52,14 @@ _FRAME_HEADER = 8
 
 # tmpfs counts as memory, so together they must stay well below it.
 _TMP_SHARES = {"/tmp": 10, "/dev/shm": 2, "/run": 1, "/run/oi": 3}  # noqa: S108 - in the sandbox
+_SYSCTLS = {
+    # The supervisor, without any privilege, listens on 53, 80 and 443.
+    "net.ipv4.ip_unprivileged_port_start": "0",
+    # What would hold memory after its makers have died, until every command is killed for want of it.
+    "kernel.shm_rmid_forced": "1",
+    "kernel.msgmni": "64",
+    "kernel.sem": "250 32000 100 128",
+}
 _OPEN_FILES = 16384
 _OOM_SCORE = 500
 """The kernel takes a sandbox's processes before anything else of the machine."""
@@ -392,7 +400,10 @@ async def _upgrade(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, p
 def _creation(spec: SandboxSpec) -> Json:
     return {
         "Image": spec.image,
-        "Cmd": list(spec.argv),
+        # Instead of the image's own: the main process is the first one, which no signal from inside
+        # can end or stop.
+        "Entrypoint": [spec.argv[0]],
+        "Cmd": list(spec.argv[1:]),
         "Env": [f"{name}={value}" for name, value in spec.env.items()],
         "User": f"{spec.uid}:{spec.uid}",
         "Labels": dict(spec.labels),
@@ -434,8 +445,7 @@ def _host_config(spec: SandboxSpec) -> Json:
         "RestartPolicy": {"Name": "no"},
         "Dns": ["127.0.0.1"],
         "ExtraHosts": ["sandbox:127.0.0.1"],
-        # The supervisor, without any privilege, listens on 53, 80 and 443.
-        "Sysctls": {"net.ipv4.ip_unprivileged_port_start": "0"},
+        "Sysctls": _SYSCTLS,
     }
 
 
@@ -456,6 +466,7 @@ def _mount(mount: Mount) -> Json:
         "Type": "bind",
         "Source": str(mount.source),
         "Target": mount.target,
+        "ReadOnly": mount.is_read_only,
         "BindOptions": {"Propagation": "rslave" if mount.is_late else "rprivate"},
     }
 

@@ -1,7 +1,7 @@
 """The broker's side of a sandbox: commands, ports and egress over one byte stream.
 
 The supervisor's source is the first thing that goes over the stream, so an image needs nothing but
-`python3`. What comes back is never trusted: sandboxed code runs as the same user as the supervisor.
+`/usr/bin/python3`. What comes back is never trusted: sandboxed code runs as the same user as the supervisor.
 """
 
 import asyncio
@@ -92,7 +92,8 @@ class Omitted(Output):
 
 def boot_argv() -> list[str]:
     """The command line of a sandbox's main process; it waits for the supervisor's source."""
-    return ["python3", "-I", "-S", "-c", _BOOT]
+    # By its path: the image's PATH may begin with folders that the sandbox itself can write to.
+    return ["/usr/bin/python3", "-I", "-S", "-c", _BOOT]
 
 
 @cache

@@ -86,6 +86,7 @@ class Mount:
     target: str
     is_late: bool = False
     """A shared mount point: what is mounted on `source` later appears in the running sandbox."""
+    is_read_only: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
