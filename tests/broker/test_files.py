@@ -302,6 +302,24 @@ async def test_a_reader_that_goes_away_frees_the_file(broker, http):
         assert await broker.settled()
 
 
+async def test_a_refusal_is_heard_while_the_body_is_still_coming(client, broker):
+    broker_client, address = client
+    (broker.workspace / "a").touch()
+    sent = 0
+
+    async def endless():
+        nonlocal sent
+        while True:
+            yield b"x" * (1 << 20)
+            sent += 1
+            await asyncio.sleep(0.001)
+
+    with pytest.raises(Conflict):
+        await broker_client.write(address, ENV, "workspace/a", endless(), overwrite=False)
+    assert sent < 1000
+    assert await broker.settled()
+
+
 async def test_many_at_once(http, broker):
     async def one(number: int) -> None:
         content = bytes([number]) * 300_000

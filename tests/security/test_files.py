@@ -10,6 +10,7 @@ import ctypes
 import gzip
 import io
 import os
+import stat
 import tarfile
 import threading
 import time
@@ -167,11 +168,11 @@ async def test_a_second_name_of_a_file_is_never_written_through(tree, workspace)
 
 async def test_pipes_and_devices_are_neither_opened_nor_waited_for(tree, workspace):
     os.mkfifo(workspace / "fifo")
-    if os.geteuid() == 0:
-        with contextlib.suppress(PermissionError):
-            os.mknod(workspace / "device", 0o600 | 0o020000, os.makedev(1, 5))
+    # Only root can make one; the kernel refuses it to the sandbox, too.
+    with contextlib.suppress(PermissionError):
+        os.mknod(workspace / "device", 0o600 | stat.S_IFCHR, os.makedev(1, 5))
     async with asyncio.timeout(20):
-        for path in ("fifo", "device"):
+        for path in [file.name for file in workspace.iterdir()]:
             with pytest.raises(NotFound):
                 await read(tree, f"workspace/{path}")
             with pytest.raises((Invalid, NotFound)):

@@ -60,6 +60,7 @@ _SYSCTLS = {
     "kernel.msgmni": "64",
     "kernel.sem": "250 32000 100 128",
 }
+_BYTES_PER_FILE, _MIN_FILES = 4096, 1024
 _OPEN_FILES = 16384
 _OOM_SCORE = 500
 """The kernel takes a sandbox's processes before anything else of the machine."""
@@ -430,9 +431,10 @@ def _host_config(spec: SandboxSpec) -> Json:
         "PidsLimit": limits.pids,
         "NanoCpus": math.ceil(limits.cpus * 1e9),
         "OomScoreAdj": _OOM_SCORE,
-        "ShmSize": sizes.pop("/dev/shm"),  # noqa: S108 - in the sandbox
         "Tmpfs": {
-            path: f"rw,nosuid,nodev,{_tmp_mode(path, spec.uid)},size={size}"
+            # An empty file takes no room of the size, and half a kilobyte of memory or more.
+            path: f"rw,nosuid,nodev,{_tmp_mode(path, spec.uid)},size={size},"
+            f"nr_inodes={max(size // _BYTES_PER_FILE, _MIN_FILES)}"
             for path, size in sizes.items()
         },
         "Mounts": [_mount(mount) for mount in spec.mounts],
@@ -457,6 +459,8 @@ def _tmp_sizes(limits: Limits) -> dict[str, int]:
 def _tmp_mode(path: str, uid: int) -> str:
     if path == "/tmp":  # noqa: S108 - in the sandbox
         return "exec,mode=1777"
+    if path == "/dev/shm":  # noqa: S108 - in the sandbox
+        return "noexec,mode=1777"
     mode = "0700" if path == "/run/oi" else "0755"
     return f"noexec,mode={mode},uid={uid},gid={uid}"
 

@@ -67,12 +67,12 @@ def page(root: int, parts: Parts, window: Window, halt: Halt) -> Page:
         below = after[len(parts) :] if after[: len(parts)] == parts else ()
         if window.is_deep:
             return _Deep(root, found.fd, parts, halt).page(below, window.limit)
-        return _direct(root, found.fd, parts, below, window.limit)
+        return _direct(root, found, parts, below, window.limit, halt)
 
 
 def _direct(root: int, base: int, parts: Parts, after: Parts, limit: int) -> Page:
     with folder_at(base) as folder:
-        children = _children(folder, is_top=not parts, after=after, count=limit + 1)
+        children = _children(folder, halt, is_top=not parts, after=after, count=limit + 1)
         has_more = len(children) > limit
         children = children[:limit]
         told = (entry_in(root, folder, (*parts, name)) for name, _ in children)
