@@ -7,6 +7,7 @@ benchmarks.sandbox` needs root, a container engine and the image openinteraction
 
 import asyncio
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -21,6 +22,7 @@ from uuid import UUID, uuid4
 import aiohttp
 import psutil
 
+from benchmarks import system
 from benchmarks.run import Goal, _folder, _line, _load, _server, _show_logs
 from openinteractions import crypto, telemetry
 from openinteractions.errors import Unready
@@ -221,6 +223,21 @@ async def files(place: Place) -> None:
     await place.client.delete(place.address, environment)
 
 
+async def answers(place: Place) -> None:
+    """An answer that needs no tool, with and without `code_execution` on offer."""
+    bodies: list[dict[str, object]] = [{"model": "bench/m", "input": "Hello"}]
+    bodies.append({**bodies[0], "tools": [{"type": "code_execution"}]})
+    taken: tuple[list[float], list[float]] = ([], [])
+    for _ in range(_MANY):
+        for body, times in zip(bodies, taken, strict=True):
+            began = time.perf_counter()
+            async with place.http.post(f"{place.base}/interactions", json=body) as answer:
+                assert (await answer.json())["status"] == "completed"
+            times.append(time.perf_counter() - began)
+    plain, offered = (statistics.median(times) for times in taken)
+    _line("an answer without a tool call", _ms(plain), f"with the tool on offer {_ms(offered)}")
+
+
 async def idle(place: Place) -> None:
     """Fifty environments with a file each that nobody uses."""
     broker = _broker(place.server)
@@ -242,7 +259,8 @@ async def idle(place: Place) -> None:
 async def _containers(place: Place) -> int:
     await place.until_warm()
     async with place.engine.get("http://engine/containers/json") as answer:
-        return len(await answer.json())
+        found = await answer.json()
+    return sum(c["Labels"].get("openinteractions.broker") == BROKER for c in found)
 
 
 def _broker(server: psutil.Process) -> psutil.Process:
@@ -262,6 +280,12 @@ async def _opened(folder: Path) -> AsyncGenerator[Place]:
     if RUNTIME:
         settings["OI_SANDBOX__RUNTIME"] = RUNTIME
     async with contextlib.AsyncExitStack() as stack:
+        upstream = await stack.enter_async_context(
+            system.child(system.python("upstream"), log=folder / "upstream.log")
+        )
+        base = f"http://127.0.0.1:{await system.port_of(upstream)}/v1"
+        provider = {"kind": "openai", "base_url": base, "api_key": "none"}
+        settings["OI_PROVIDERS"] = json.dumps({"bench": provider})
         process, port = await stack.enter_async_context(
             _server(home, folder / "server.log", settings)
         )
@@ -305,6 +329,7 @@ async def main() -> None:
             await starts(place)
             await commands(place)
             await files(place)
+            await answers(place)
             await idle(place)
     except BaseException:
         _show_logs(folder)

@@ -270,6 +270,20 @@ async def test_a_warm_sandbox_is_claimed(stage):
     assert stage.events("environment.adopted")
 
 
+@pytest.mark.skipif(not ROOT, reason="late mounts need root")
+async def test_a_stopped_broker_leaves_nothing_mounted_that_nobody_needs(stage):
+    await stage.start(OI_SANDBOX__WARM="1")
+    env = await stage.environment()
+    await write(stage, env, "workspace/a", b"x")
+
+    async def is_warm():
+        return (await stage.client.health(stage.address))["warm"] == 1
+
+    await eventually(is_warm, within_s=60)
+    assert await stage.stop() == 0
+    assert mounts.points(stage.home) == []
+
+
 async def test_another_brokers_containers_are_left_alone(docker_engine, broker, database):
     label = docker_engine.broker_name(secrets.token_hex(4))
     other = docker_engine.start(

@@ -53,6 +53,21 @@ async def test_health_says_what_it_is(broker):
     assert found["limits"]["memory_bytes"] == 512 * 2**20
 
 
+async def test_what_it_counts_is_shown(broker):
+    env = await broker.environment()
+    await broker.sh(env, "true")
+    connector = aiohttp.UnixConnector(broker.address.removeprefix("unix://"))
+    headers = {"Authorization": f"Bearer {broker_token(broker.key)}"}
+    async with (
+        aiohttp.ClientSession(connector=connector, headers=headers) as session,
+        session.get("http://broker/metrics") as answer,
+    ):
+        text = await answer.text()
+    assert 'oi_sandboxes{state="running"} 1.0' in text
+    assert 'oi_sandbox_start_seconds_count{kind="cold"} 1.0' in text
+    assert 'oi_executions_total{outcome="exited"} 1.0' in text
+
+
 async def test_errors_come_through_as_they_are(broker):
     env = await broker.environment()
     with pytest.raises(NotFound, match=r"none\.txt"):

@@ -187,6 +187,7 @@ async def test_asks_for_exactly_this_container(engine, backend):
             ],
             "Ulimits": [
                 {"Name": "core", "Soft": 0, "Hard": 0},
+                {"Name": "msgqueue", "Soft": 0, "Hard": 0},
                 {"Name": "nofile", "Soft": 16384, "Hard": 16384},
             ],
             "IpcMode": "private",

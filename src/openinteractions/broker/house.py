@@ -208,12 +208,12 @@ class House:
     async def delete(self, environment_id: UUID) -> None:
         """Stop an environment and remove its files, whatever its row says."""
         slot = self.slot(environment_id)
-        async with slot.lock:
-            await self._stop(slot, "deleted")
-            await self.parts.disks.delete(environment_id.hex)
-            slot.is_open = False
-        self.parts.projects.drop(environment_id)
-        self._slots.pop(environment_id, None)
+        with slot.used():
+            async with slot.lock:
+                await self._stop(slot, "deleted")
+                await self.parts.disks.delete(environment_id.hex)
+                slot.is_open = slot.is_clean = False
+                self.parts.projects.drop(environment_id)
         _log.info("environment.deleted", environment_id=environment_id.hex)
 
     async def _opened(self, slot: Slot, row: Row) -> Path:
@@ -290,17 +290,22 @@ class House:
         slot = self._slots.get(environment_id)
         if slot is None:
             return
+        with slot.used():
+            await self._refresh(slot)
+
+    async def _refresh(self, slot: Slot) -> None:
         async with slot.lock:
             if slot.live is not None and not slot.live.gone.is_set():
-                row = await self.row(environment_id)
+                row = await self.row(slot.id)
                 configure(slot.live, await self.parts.rules.load(row))
 
     async def stop(self, environment_id: UUID, why: str) -> None:
         """Stop an environment's sandbox, and what runs in it; its files stay."""
         slot = self._slots.get(environment_id)
         if slot is not None:
-            async with slot.lock:
-                await self._stop(slot, why)
+            with slot.used():
+                async with slot.lock:
+                    await self._stop(slot, why)
 
     def adopt(self, slot: Slot, row: Row, ref: str, pipe: Pipe, egress: Egress) -> Live:
         """Take a sandbox in that runs."""
@@ -399,7 +404,9 @@ class House:
             await self._bury(slot, live)
 
     def _count(self) -> None:
-        metrics.sandboxes.labels("running").set(self.running)
+        live = sum(1 for slot in self._slots.values() if slot.live is not None)
+        metrics.sandboxes.labels("running").set(live)
+        metrics.sandboxes.labels("warm").set(self.parts.launcher.pool.warm)
 
     # Tidying.
 
@@ -408,6 +415,7 @@ class House:
         pause_s = min(_TIDY_S, max(self._idle_stop_s / 4, 0.1))
         while True:
             await asyncio.sleep(pause_s)
+            self._count()
             for slot in self.slots():
                 if slot.is_busy:
                     continue
@@ -434,6 +442,8 @@ class House:
         for slot in self.slots():
             if slot.live is not None:
                 await slot.live.leave()
+            elif slot.is_open:
+                await self.parts.disks.release(slot.id.hex)
 
 
 def configure(live: Live, setup: Setup) -> None:

@@ -32,6 +32,7 @@ from openinteractions.db.engine import LOST, Database
 from openinteractions.errors import AppError, SetupError
 from openinteractions.netguard import Fetcher, Guard
 from openinteractions.resources.credentials.service import Vault
+from openinteractions.sandbox import mounts
 from openinteractions.sandbox.disk import Disks
 from openinteractions.sandbox.docker import DockerBackend
 from openinteractions.sandbox.egress import ca
@@ -121,6 +122,7 @@ async def _watch(
 ) -> Watch:
     """Take over from the broker before, now or when the engine answers, and start all loops."""
     parts = house.parts
+    warm = settings.sandbox.home(settings.home()).resolve() / "warm"
     boot = Boot(house, executions)
     # The pool is entered late, and left before the engine.
     late = await stack.enter_async_context(AsyncExitStack())
@@ -131,6 +133,8 @@ async def _watch(
     async def on_up() -> None:
         if not boot.is_done:
             await boot.take_over()
+            # Nothing of ours stays mounted that no sandbox needs.
+            late.callback(mounts.unmount, warm)
             await late.enter_async_context(parts.launcher.pool)
 
     watch = Watch(backend, settings.sandbox, on_up, house)

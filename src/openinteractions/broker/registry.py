@@ -20,6 +20,7 @@ from openinteractions.errors import SetupError
 _log = structlog.get_logger(__name__)
 
 _BEAT_S: Final = 3.0
+_LOOK_S: Final = 0.25
 _DEAD_AFTER: Final = timedelta(seconds=10)
 _PATIENCE_S: Final = 15.0
 _RETRY_S: Final = 1.0
@@ -86,15 +87,20 @@ class Registry:
     async def _beat_for_ever(
         self, running: Callable[[], int], problem: Callable[[], str | None]
     ) -> None:
+        told, beat_at = None, 0.0
         while True:
-            await asyncio.sleep(_BEAT_S)
+            await asyncio.sleep(_LOOK_S)
+            said = (running(), problem())
+            now = time.monotonic()
+            # What changes is told at once: new environments go where there is room.
+            if said == told and now - beat_at < _BEAT_S:
+                continue
+            told, beat_at = said, now
             try:
-                if await store.beat(
-                    self._database, self._card, running=running(), problem=problem()
-                ):
+                if await store.beat(self._database, self._card, running=said[0], problem=said[1]):
                     continue
                 _log.warning("broker.row_lost", name=self._card.name)
-                if not await self._claim(problem()):
+                if not await self._claim(said[1]):
                     _log.error("broker.name_lost", name=self._card.name)
                     return
             except LOST as error:

@@ -12,7 +12,7 @@ import orjson
 import structlog
 from aiohttp import web
 
-from openinteractions import ids
+from openinteractions import ids, metrics
 from openinteractions.broker import answers
 from openinteractions.broker.errors import has_not_begun, rendered
 from openinteractions.broker.executions import Executions
@@ -56,6 +56,7 @@ def create_app(desk: Desk) -> web.Application:
     app.add_routes(
         [
             web.get("/v1/health", api.health),
+            web.get("/metrics", api.metrics),
             web.get("/v1/environments", api.environments),
             web.put(_ENV, api.ensure),
             web.delete(_ENV, api.delete),
@@ -88,6 +89,9 @@ class _Api:
 
     async def health(self, _: web.Request) -> web.Response:
         return _json(self._desk.health())
+
+    async def metrics(self, _: web.Request) -> web.Response:
+        return web.Response(body=metrics.render(), headers={"Content-Type": metrics.CONTENT_TYPE})
 
     async def environments(self, _: web.Request) -> web.Response:
         return _json({"environments": self._house.show()})
@@ -198,7 +202,9 @@ async def _lost_database(request: web.Request, handler: Handler) -> web.StreamRe
     except LOST as error:
         if isinstance(error, ConnectionError) and not has_not_begun(request):
             raise
-        raise Unready("The database is not reachable.", retry_after_s=1) from error
+        raise Unready(
+            "The database, or the container engine, does not answer.", retry_after_s=1
+        ) from error
 
 
 def _authenticated(is_token: Callable[[str], bool]) -> Any:  # noqa: ANN401 - aiohttp's own type

@@ -49,7 +49,8 @@ async def beside(
         problem = await engine_problem(settings)
         if problem is not None:
             raise SetupError(f"sandbox.enabled is on, and no sandbox can be run: {problem}")
-    child = _Child(settings, database.url, config)
+    own = settings.database_url
+    child = _Child(settings, database.url if own is None else own.get_secret_value(), config)
     # No group: what is raised inside must come out as it is, for the command line to explain.
     task = asyncio.get_running_loop().create_task(child.for_ever(), name="broker-child")
     task.add_done_callback(_report)

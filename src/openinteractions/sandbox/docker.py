@@ -55,7 +55,7 @@ _TMP_SHARES = {"/tmp": 10, "/dev/shm": 2, "/run": 1, "/run/oi": 3}  # noqa: S108
 _SYSCTLS = {
     # The supervisor, without any privilege, listens on 53, 80 and 443.
     "net.ipv4.ip_unprivileged_port_start": "0",
-    # What would hold memory after its makers have died, until every command is killed for want of it.
+    # What would hold memory after its makers have died, until every command dies for want of it.
     "kernel.shm_rmid_forced": "1",
     "kernel.msgmni": "64",
     "kernel.sem": "250 32000 100 128",
@@ -440,6 +440,8 @@ def _host_config(spec: SandboxSpec) -> Json:
         "Mounts": [_mount(mount) for mount in spec.mounts],
         "Ulimits": [
             {"Name": "core", "Soft": 0, "Hard": 0},
+            # Counted for all sandboxes of a host together: one could take the others' share.
+            {"Name": "msgqueue", "Soft": 0, "Hard": 0},
             {"Name": "nofile", "Soft": _OPEN_FILES, "Hard": _OPEN_FILES},
         ],
         "IpcMode": "private",

@@ -333,7 +333,11 @@ class Environments:
         except BaseException:
             await asyncio.shield(self._discard(row))
             raise
-        return await self._counted_anew(replace(row, has_disk=True))
+        # The same files: counting those of the copy would have to mount it.
+        counted = await self._counted_anew(parent)
+        count, size = counted.file_count, counted.size_bytes
+        await store.set_usage(self._database, row.id, file_count=count, size_bytes=size)
+        return replace(row, has_disk=True, file_count=count, size_bytes=size)
 
     async def _insert(
         self, project_id: UUID, wanted: Configuration, *, broker: str | None = None

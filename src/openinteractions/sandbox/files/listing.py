@@ -8,7 +8,7 @@ import heapq
 import os
 import stat
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -65,35 +65,10 @@ def page(root: int, parts: Parts, window: Window, halt: Halt) -> Page:
             return Page([entry_of(found, parts)], None)
         after = window.after
         below = after[len(parts) :] if after[: len(parts)] == parts else ()
+        lister = _Lister(root, found.fd, parts, halt)
         if window.is_deep:
-            return _Deep(root, found.fd, parts, halt).page(below, window.limit)
-        return _direct(root, found, parts, below, window.limit, halt)
-
-
-def _direct(root: int, base: int, parts: Parts, after: Parts, limit: int) -> Page:
-    with folder_at(base) as folder:
-        children = _children(folder, halt, is_top=not parts, after=after, count=limit + 1)
-        has_more = len(children) > limit
-        children = children[:limit]
-        told = (entry_in(root, folder, (*parts, name)) for name, _ in children)
-        entries = [entry for entry in told if entry is not None]
-    return Page(entries, shown((*parts, children[-1][0])) if has_more else None)
-
-
-def _children(folder: int, *, is_top: bool, after: Parts, count: int) -> list[tuple[bytes, bool]]:
-    """The first names that follow `after`, in order, and whether each is a folder."""
-    with os.scandir(folder) as entries:
-        names = (
-            (_key(entry.name), os.fsencode(entry.name), entry.is_dir(follow_symlinks=False))
-            for entry in entries
-            if _is_told(entry)
-        )
-        if is_top:
-            names = (found for found in names if found[1] in TOP)
-        if after:
-            names = (found for found in names if found[0] > after[0])
-        first = heapq.nsmallest(count, names)
-    return [(name, is_folder) for _, name, is_folder in first]
+            return lister.deep(below, window.limit)
+        return lister.direct(below, window.limit)
 
 
 def _is_told(entry: os.DirEntry[str]) -> bool:
@@ -112,8 +87,8 @@ def _key(name: str) -> bytes:
         return os.fsencode(name).decode(errors="replace").encode()
 
 
-class _Deep:
-    """A page of all descendants, folders before what is in them."""
+class _Lister:
+    """Makes pages of one folder."""
 
     def __init__(self, root: int, base: int, parts: Parts, halt: Halt) -> None:
         self._root = root
@@ -123,8 +98,18 @@ class _Deep:
         self._todo: list[tuple[Parts, bool]] = []
         """Paths below the base still to be told, the next one last; whether each is a folder."""
 
-    def page(self, after: Parts, limit: int) -> Page:
-        """At most `limit` entries that follow `after`."""
+    def direct(self, after: Parts, limit: int) -> Page:
+        """A page of its children."""
+        with folder_at(self._base) as folder:
+            children = self._children(folder, self._parts, after, limit + 1)
+            has_more = len(children) > limit
+            paths = [(*self._parts, name) for name, _ in children[:limit]]
+            told = (entry_in(self._root, folder, path) for path in paths)
+            entries = [entry for entry in told if entry is not None]
+        return Page(entries, shown(paths[-1]) if has_more else None)
+
+    def deep(self, after: Parts, limit: int) -> Page:
+        """A page of all descendants, folders before what is in them."""
         # Deepest first on the stack: what is in the last folder told, then what follows it.
         for depth in range(len(after) + 1):
             self._plan(after[:depth], after[depth:], limit + 1)
@@ -145,8 +130,7 @@ class _Deep:
     def _plan(self, folder: Parts, after: Parts, count: int) -> None:
         try:
             with folder_at(self._base, folder) as fd:
-                is_top = not self._parts and not folder
-                children = _children(fd, is_top=is_top, after=after, count=count)
+                children = self._children(fd, (*self._parts, *folder), after, count)
         except OSError:
             # Gone or swapped since; or `after` is a file, which has nothing below it.
             return
@@ -159,6 +143,27 @@ class _Deep:
         ]
         # What lies deeper in the stack cannot come up in this page any more.
         del self._todo[:-count]
+
+    def _children(
+        self, folder: int, path: Parts, after: Parts, count: int
+    ) -> list[tuple[bytes, bool]]:
+        """The first names in a folder that follow `after`, in order; whether each is a folder."""
+        with os.scandir(folder) as entries:
+            names = self._names(entries)
+            if not path:
+                names = (found for found in names if found[1] in TOP)
+            if after:
+                names = (found for found in names if found[0] > after[0])
+            first = heapq.nsmallest(count, names)
+        return [(name, is_folder) for _, name, is_folder in first]
+
+    def _names(self, entries: Iterator[os.DirEntry[str]]) -> Iterator[tuple[bytes, bytes, bool]]:
+        """What each is sorted by, its name, and whether it is a folder."""
+        for entry in entries:
+            self._halt.check()
+            if _is_told(entry):
+                is_folder = entry.is_dir(follow_symlinks=False)
+                yield _key(entry.name), os.fsencode(entry.name), is_folder
 
     def _entry(self, below: Parts) -> Entry | None:
         try:

@@ -15,6 +15,7 @@ import resource
 import signal
 import subprocess
 import termios
+import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -30,6 +31,8 @@ _EMPTY_ENOUGH = 5
 _FREEZE_AFTER = 6
 _may_freeze = os.getuid() != 0 and 1 in {os.getpid(), os.getppid()}
 """Only as the main process of a container: then all that could be stopped is the sandbox's."""
+_SPAWN_ATTEMPTS = 40
+_SPAWN_PAUSE_S = 0.005
 _MORE_OOM_SCORE = 300
 _MAX_OOM_SCORE = 1000
 
@@ -86,6 +89,7 @@ class Nursery:
 
     def __init__(self) -> None:
         self._ended: dict[int, Callable[[int, resource.struct_rusage], None]] = {}
+        self._markers: dict[int, Marker] = {}
         self._count = 0
         self._oom: int | None = None
         self._oom_score = 0
@@ -114,6 +118,17 @@ class Nursery:
             OSError: It cannot be started; the message says why.
             ValueError: An argument has a zero byte in it.
         """
+        try:
+            pid = self._spawn(plan, marker)
+        except BlockingIOError:
+            if not _may_freeze:
+                raise
+            pid = self._spawn_after_all(plan, marker)
+        self._ended[pid] = on_end
+        self._markers[pid] = marker
+        return pid
+
+    def _spawn(self, plan: Plan, marker: Marker) -> int:
         with self._marked(marker):
             process = subprocess.Popen(  # noqa: S603 - running commands is what this is for
                 list(plan.argv),
@@ -129,8 +144,21 @@ class Nursery:
             )
         # Reaped here, with its use of the processor; Popen shall not wait for it.
         process.returncode = 0
-        self._ended[process.pid] = on_end
         return process.pid
+
+    def _spawn_after_all(self, plan: Plan, marker: Marker) -> int:
+        """Start a process where there is no room for another.
+
+        What commands that are over have left running dies for it: nothing else would end a bomb
+        that has forked away from its command.
+        """
+        _kill_others(list(self._markers.values()))
+        for _ in range(_SPAWN_ATTEMPTS):
+            self.reap()
+            with contextlib.suppress(BlockingIOError):
+                return self._spawn(plan, marker)
+            time.sleep(_SPAWN_PAUSE_S)
+        return self._spawn(plan, marker)
 
     def reap(self) -> None:
         """Take in the children that have ended."""
@@ -140,6 +168,7 @@ class Nursery:
             except ChildProcessError:
                 found, status, usage = pid, 0, resource.getrusage(resource.RUSAGE_CHILDREN)
             if found:
+                self._markers.pop(pid, None)
                 self._ended.pop(pid)(status, usage)
         if os.getpid() == 1:
             self._reap_orphans()
@@ -215,6 +244,26 @@ def _kill_frozen(marker: Marker) -> None:
         _signal(_find(marker)[0], signal.SIGKILL)
     finally:
         _signal(everything, signal.SIGCONT)
+
+
+def _kill_others(spared: Sequence[Marker]) -> None:
+    """Kill every process of the sandbox but those of some commands. Never interrupted."""
+    everything = ("-1",)
+    _signal(everything, signal.SIGSTOP)
+    try:
+        _signal(_unmarked(spared), signal.SIGKILL)
+    finally:
+        _signal(everything, signal.SIGCONT)
+
+
+def _unmarked(spared: Sequence[Marker]) -> set[str]:
+    found: set[str] = set()
+    for pid in os.listdir("/proc"):  # noqa: PTH208 - no other import for so little
+        if pid.isdigit() and int(pid) not in {1, os.getpid()}:
+            with contextlib.suppress(OSError):
+                if not any(marker.owns(pid) for marker in spared):
+                    found.add(pid)
+    return found
 
 
 def signal_group(leader: int, number: int) -> None:
