@@ -5,7 +5,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 
 from tests.e2e.server import Fakes, Server, serving
-from tests.sandbox.engine import SLIM, DockerEngine, docker
+from tests.sandbox.engine import SLIM, DockerEngine
 
 _START_S = 60
 _SANDBOXES = """
@@ -33,8 +33,13 @@ def serving_sandboxes(
             _wait_for_broker(server)
             yield server
     finally:
-        for container in engine.containers(f"openinteractions.broker={broker}"):
-            docker("rm", "--force", "--volumes", container, check=False)
+        remove_sandboxes(engine, broker)
+
+
+def remove_sandboxes(engine: DockerEngine, broker: str) -> None:
+    """Remove what a broker that was killed has left."""
+    for container in engine.containers(f"openinteractions.broker={broker}"):
+        engine.remove(container)
 
 
 def _wait_for_broker(server: Server) -> None:

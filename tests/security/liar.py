@@ -26,7 +26,9 @@ def pipe_end(pid: int, mode: int) -> int:
     """A descriptor of our own for the supervisor's way in, or out."""
     for each in Path(f"/proc/{pid}/fd").iterdir():
         if os.readlink(each).startswith("pipe:"):
-            flags = Path(f"/proc/{pid}/fdinfo/{each.name}").read_text().split("flags:")[1].split()[0]
+            flags = (
+                Path(f"/proc/{pid}/fdinfo/{each.name}").read_text().split("flags:")[1].split()[0]
+            )
             if int(flags, 8) & os.O_ACCMODE == mode:
                 return os.open(each, (os.O_RDONLY, os.O_WRONLY)[mode] | os.O_NONBLOCK)
     raise AssertionError("no pipe")

@@ -90,9 +90,9 @@ async def unharmed(two: Two) -> AsyncGenerator[None]:
     await field.healthy()
     assert await field.stage.sh(two.victim, "cat secret") == f"{SECRET}\n"
     shown = await field.stage.client.environments(field.stage.address)
-    assert [two.running in each["executions"] for each in shown if each["id"] == two.victim.hex] == [
-        True
-    ]
+    assert [
+        two.running in each["executions"] for each in shown if each["id"] == two.victim.hex
+    ] == [True]
 
 
 # --- from inside ----------------------------------------------------------------------------------
@@ -119,7 +119,12 @@ async def test_links_out_of_the_workspace_lead_nowhere(two: Two):
         f"ln -sfn {victims} away; ln -sfn {victims}/workspace/secret file; ln -sfn / top; "
         "ln -sfn /proc/1/root out",
     )
-    for path in ("away/workspace/secret", "file", f"top{victims}/workspace/secret", "out/etc/passwd"):
+    for path in (
+        "away/workspace/secret",
+        "file",
+        f"top{victims}/workspace/secret",
+        "out/etc/passwd",
+    ):
         with pytest.raises(AppError):
             await read(two, two.evil, f"workspace/{path}")
         with pytest.raises(AppError):
@@ -194,7 +199,15 @@ async def test_paths_of_the_brokers_api_stay_below_their_environment(two: Two):
     victim = f"{two.victim.hex}/root/workspace/secret"
     paths = [
         f"{two.evil.hex}/files/{climb}{victim}"
-        for step in ("../", "%2e%2e/", "..%2f", "%2e%2e%2f", "....//", "workspace/../", "%252e%252e/")
+        for step in (
+            "../",
+            "%2e%2e/",
+            "..%2f",
+            "%2e%2e%2f",
+            "....//",
+            "workspace/../",
+            "%252e%252e/",
+        )
         for climb in (step * 2, step * 3, "workspace/" + step * 4)
     ]
     paths += [
@@ -254,7 +267,9 @@ async def test_a_warm_sandbox_is_used_once(two: Two):
     seen = set()
     for number in range(3):
         env = await stage.environment()
-        script = f"ls -A /workspace /tmp /home/agent /run/oi; echo {number} > /tmp/x; echo {number} > x"
+        script = (
+            f"ls -A /workspace /tmp /home/agent /run/oi; echo {number} > /tmp/x; echo {number} > x"
+        )
         assert not re.search(r"\d|x", await stage.sh(env, script))
         seen.add(await stage.sh(env, "readlink /proc/self/ns/pid"))
         await stage.client.delete(stage.address, env)

@@ -120,7 +120,9 @@ async def test_a_memory_hog_dies_alone(field: Arena, den: UUID, hog: str):
     # The very same sandbox goes on, with all of its memory.
     await field.works(den)
     assert field.stage.container(den) == before
-    assert await field.stage.sh(den, "python3 -c 'print(len(bytes(200 << 20)))'") == f"{200 << 20}\n"
+    assert (
+        await field.stage.sh(den, "python3 -c 'print(len(bytes(200 << 20)))'") == f"{200 << 20}\n"
+    )
 
 
 @pytest.mark.usefixtures("well")
@@ -241,7 +243,9 @@ def test_the_root_cannot_be_written_and_the_host_cannot_be_seen(field, tried):
         if target in ours:
             assert {"nosuid", "nodev"} <= set(options.split(",")) or not IS_ROOT
         elif target not in engines and not target.startswith("/sys/fs/cgroup"):
-            assert source == "/" or kernels or target == "/etc/ssl/certs/ca-certificates.crt", source
+            assert source == "/" or kernels or target == "/etc/ssl/certs/ca-certificates.crt", (
+                source
+            )
         assert "docker.sock" not in source
     assert ours <= {target for target, _, _ in tried["mounts"]}
     assert tried["interfaces"] == ["lo"]
@@ -269,7 +273,7 @@ async def test_commands_cannot_touch_the_supervisor_though_it_is_the_same_user(f
 @pytest.mark.usefixtures("well")
 async def test_nothing_in_the_environment_runs_as_the_supervisor(field: Arena, den: UUID):
     """Not even after a stop, when a sandbox starts with files that were written before."""
-    fake = "#!/bin/sh\\ntouch /workspace/caught\\nexec /usr/bin/python3 \"$@\"\\n"
+    fake = '#!/bin/sh\\ntouch /workspace/caught\\nexec /usr/bin/python3 "$@"\\n'
     await field.stage.sh(
         den,
         f"""mkdir -p ~/.local/bin ~/.npm-global/bin && printf '{fake}' > ~/.local/bin/python3
@@ -284,7 +288,9 @@ async def test_nothing_in_the_environment_runs_as_the_supervisor(field: Arena, d
     await field.stage.run(
         den,
         field.stage.command(
-            "/bin/sh", "-c", "/bin/rm -rf ~/.local ~/.npm-global ~/*.py /workspace/*.py ~/pyvenv.cfg"
+            "/bin/sh",
+            "-c",
+            "/bin/rm -rf ~/.local ~/.npm-global ~/*.py /workspace/*.py ~/pyvenv.cfg",
         ),
     )
 
@@ -436,7 +442,9 @@ def test_names_lead_nowhere_and_leave_nothing(reached):
 def test_the_proxy_knows_every_spelling_of_a_private_place(reached):
     answers = reached["proxy"]
     assert len(answers) > 80
-    passed = {ask: said for ask, said in answers.items() if not re.match(r"HTTP/1.1 (4|50)\d", said)}
+    passed = {
+        ask: said for ask, said in answers.items() if not re.match(r"HTTP/1.1 (4|50)\d", said)
+    }
     # A tunnel is agreed to first, and judged by the name in its TLS.
     assert {ask: said for ask, said in passed.items() if not ask.endswith(":443")} == {}
 
@@ -487,7 +495,9 @@ def secrets_of(field: Arena) -> dict[str, str]:
 @pytest.mark.usefixtures("well")
 async def test_no_secret_is_anywhere_in_a_sandbox(field: Arena, trusted: UUID):
     wanted = secrets_of(field)
-    said = await field.stage.sh(trusted, "env; curl -sk -m 10 -H \"X-Key: $KEY\" https://allowed.example/ || true")
+    said = await field.stage.sh(
+        trusted, 'env; curl -sk -m 10 -H "X-Key: $KEY" https://allowed.example/ || true'
+    )
     assert "PLAIN=seen" in said
     assert "KEY=__" in said
     assert not [name for name, secret in wanted.items() if secret in said]
@@ -504,7 +514,9 @@ async def test_no_secret_is_anywhere_in_a_sandbox(field: Arena, trusted: UUID):
 @needs_root
 @pytest.mark.usefixtures("well")
 async def test_no_secret_is_in_the_memory_of_a_sandbox(field: Arena, trusted: UUID):
-    await field.stage.sh(trusted, 'curl -sk -m 10 -H "X-Key: $KEY" https://allowed.example/ || true')
+    await field.stage.sh(
+        trusted, 'curl -sk -m 10 -H "X-Key: $KEY" https://allowed.example/ || true'
+    )
     memory = remembered(field.pid(trusted))
     assert b"PLAIN" in memory or b"OI_EXECUTION" in memory
     found = {name for name, secret in secrets_of(field).items() if secret.encode() in memory}
@@ -552,4 +564,3 @@ async def until_running(field: Arena, env: UUID, name: str) -> None:
                 if each["id"] == env.hex and name in each["executions"]:
                     return
             await asyncio.sleep(0.05)
-

@@ -438,12 +438,15 @@ class House:
                     self._slots.pop(slot.id, None)
 
     async def let_go(self) -> None:
-        """At the broker's end: sandboxes and what runs in them live on."""
-        for slot in self.slots():
-            if slot.live is not None:
-                await slot.live.leave()
-            elif slot.is_open:
-                await self.parts.disks.release(slot.id.hex)
+        """At the broker's end: what runs a command lives on, for the next broker; the rest goes."""
+        await asyncio.gather(*(self._let_go(slot) for slot in self.slots()))
+
+    async def _let_go(self, slot: Slot) -> None:
+        if slot.running and slot.live is not None:
+            await slot.live.leave()
+            return
+        async with slot.lock:
+            await self._stop(slot, "the broker stops")
 
 
 def configure(live: Live, setup: Setup) -> None:

@@ -17,7 +17,7 @@ _POOL = 8
 
 
 async def run(settings: Settings) -> None:
-    """Run a broker until SIGTERM; its sandboxes run on, for the next one.
+    """Run a broker until SIGTERM; what runs a command then, runs on for the next one.
 
     Raises:
         SetupError: There is no DATABASE_URL, its schema is another version's, another broker has

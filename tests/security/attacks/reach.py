@@ -100,7 +100,12 @@ def ask(name, kind=1, *, is_tcp=False):
 def names():
     data = "a" * 60
     found = {}
-    for name in ("example.com", "localhost", f"{data}.{data}.{data}.evil.com", "metadata.google.internal"):
+    for name in (
+        "example.com",
+        "localhost",
+        f"{data}.{data}.{data}.evil.com",
+        "metadata.google.internal",
+    ):
         found[f"{name[:30]} A"] = ask(name)
         found[f"{name[:30]} A tcp"] = ask(name, is_tcp=True)
         for kind in (5, 12, 15, 16, 28, 33, 255):
@@ -124,10 +129,18 @@ def through_the_proxy():
                "metadata.google.internal", "host.docker.internal", "172.17.0.1", "user@127.0.0.1", *HOSTS]  # fmt: skip
     for host in spelled:
         for port in (80, 443, PORT):
-            found[f"CONNECT {host}:{port}"] = talk(f"CONNECT {host}:{port} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-        found[f"GET {host}"] = talk(f"GET http://{host}/ HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
-        found[f"GET {host}:{PORT}"] = talk(f"GET http://{host}:{PORT}/ HTTP/1.1\r\nHost: {host}:{PORT}\r\nConnection: close\r\n\r\n".encode())
-        found[f"Host {host}"] = talk(f"GET http://example.com/ HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+            found[f"CONNECT {host}:{port}"] = talk(
+                f"CONNECT {host}:{port} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+            )
+        found[f"GET {host}"] = talk(
+            f"GET http://{host}/ HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode()
+        )
+        found[f"GET {host}:{PORT}"] = talk(
+            f"GET http://{host}:{PORT}/ HTTP/1.1\r\nHost: {host}:{PORT}\r\nConnection: close\r\n\r\n".encode()
+        )
+        found[f"Host {host}"] = talk(
+            f"GET http://example.com/ HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode()
+        )
     return found
 
 
@@ -139,7 +152,9 @@ def by_another_name():
     found = {}
     for host in ("127.0.0.1", "evil.example", *HOSTS[:1]):
         with socket.create_connection(PROXY, timeout=20) as one:
-            one.sendall(b"CONNECT allowed.example:443 HTTP/1.1\r\nHost: allowed.example:443\r\n\r\n")
+            one.sendall(
+                b"CONNECT allowed.example:443 HTTP/1.1\r\nHost: allowed.example:443\r\n\r\n"
+            )
             head = one.recv(4096)
             try:
                 with context.wrap_socket(one, server_hostname=host) as inner:

@@ -102,9 +102,7 @@ def main():
         trace, seize, read_memory, copy_memory, list_files, open_files, take_files,
         read_environment, compare, follow_its_root,
     )  # fmt: skip
-    answers = {
-        f"{one.__name__} of {pid}": attempt(one, pid) for pid in wardens() for one in tries
-    }
+    answers = {f"{one.__name__} of {pid}": attempt(one, pid) for pid in wardens() for one in tries}
     # Whatever is not prevented by rights is tried last.
     if "signals" in sys.argv:
         for pid in wardens():
