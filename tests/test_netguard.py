@@ -10,6 +10,7 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
+from openinteractions import netguard
 from openinteractions.errors import Invalid
 from openinteractions.netguard import Fetcher, Guard, Refused, Unwelcome
 
@@ -227,3 +228,16 @@ async def test_a_stream_says_what_it_was_answered(site: Site, allowed: Fetcher):
     with pytest.raises(Refused):
         async with allowed.stream(elsewhere, max_bytes=10):
             pass
+
+
+def test_an_address_of_this_machine_is_not_public(monkeypatch):
+    guard = netguard.Guard()
+    assert guard.permits("8.8.8.8")
+    monkeypatch.setattr(netguard, "_is_own", lambda address: address == "8.8.8.8")
+    assert not guard.permits("8.8.8.8")
+    assert guard.permits("1.1.1.1")
+
+
+def test_this_machine_knows_its_own_addresses():
+    assert netguard._is_own("127.0.0.1")
+    assert not netguard._is_own("8.8.8.8")

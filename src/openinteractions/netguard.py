@@ -6,6 +6,7 @@ checked, so a name that changes its mind in between gains nothing.
 """
 
 import base64
+import functools
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -73,7 +74,30 @@ class Guard:
             return True
         if any(ip.version == net.version and ip in net for net in _NOT_PUBLIC):
             return False
-        return ip.is_global and not ip.is_multicast and not ip.is_reserved
+        return ip.is_global and not ip.is_multicast and not ip.is_reserved and not _is_own(str(ip))
+
+
+def _is_own(address: str) -> bool:
+    """Whether this machine has the address: what listens on it may trust whoever is local."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((address, 0))
+    except OSError:
+        return False
+    # Some routers let any address be bound: then it says nothing.
+    return not _binds_anything(family)
+
+
+@functools.cache
+def _binds_anything(family: socket.AddressFamily) -> bool:
+    example = "2001:db8::1" if family == socket.AF_INET6 else "192.0.2.1"
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((example, 0))
+    except OSError:
+        return False
+    return True
 
 
 def _embedded(ip: IPv6Address) -> IPv4Address | IPv6Address:

@@ -195,3 +195,15 @@ async def test_an_unwatched_run_is_the_same():
     assert scene.steps == [call_step("6*7"), result_step("42"), said("ok")]
     assert scene.journal.events == []
     assert orjson.dumps(scene.steps)
+
+
+async def test_calls_beyond_the_limit_of_steps_are_not_executed():
+    bench = Bench([done("a")])
+    calls = [runs("1", call_id="c1"), runs("2", call_id="c2"), FINISHED]
+    scene = await play(
+        ScriptedModel(calls), bench=bench, own_tools=CODE, limits=Limits(max_steps=3)
+    )
+    assert scene.outcome.status == "budget_exceeded"
+    assert len(bench.executed) == 1
+    assert open_calls(scene.steps) == []
+    assert "max_steps = 3" in scene.steps[-1]["result"]

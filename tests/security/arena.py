@@ -1,4 +1,4 @@
-"""A broker for attacks: one for a whole module, a neighbour to be harmed, and what must stay well."""
+"""A broker for attacks, one for a whole module, with a neighbour; and what must stay well."""
 
 import asyncio
 import json
@@ -127,11 +127,9 @@ async def arena(
 async def _gone(home: Path, before: set[str]) -> None:
     """Nothing of ours is left on the host: processes, mounts, loop devices, files."""
     async with asyncio.timeout(20):
-        while mine := {each for each in traces() - before if str(home) in each}:
+        while any(str(home) in each for each in traces() - before):
             await asyncio.sleep(0.1)
-            last = mine
-            del last
-    assert not home.exists()
+    assert not await asyncio.to_thread(home.exists)
 
 
 def traces() -> set[str]:

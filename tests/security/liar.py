@@ -25,7 +25,7 @@ BOMB = 11
 def pipe_end(pid: int, mode: int) -> int:
     """A descriptor of our own for the supervisor's way in, or out."""
     for each in Path(f"/proc/{pid}/fd").iterdir():
-        if os.readlink(each).startswith("pipe:"):
+        if str(each.readlink()).startswith("pipe:"):
             flags = (
                 Path(f"/proc/{pid}/fdinfo/{each.name}").read_text().split("flags:")[1].split()[0]
             )
@@ -105,7 +105,8 @@ class Liar:
         await self.record(stream, 1, b"all is well\n")
         await self.record(stream, 4, b"\xff" * 100)
         result = (
-            '{"outcome": {"a": []}, "code": 99999, "signal": -5, "timed_out": "yes", "cpu_s": 1e999,'
+            '{"outcome": {"a": []}, "code": 99999, "signal": -5, "timed_out": "yes",'
+            '"cpu_s": 1e999,'
             '"wall_s": NaN, "max_rss_bytes": ' + "9" * 400 + ', "output_bytes": "5", "extra": 1}'
         )
         await self.record(stream, 3, result.encode())

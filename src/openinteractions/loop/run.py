@@ -132,9 +132,8 @@ class Run:
         """One whole turn of the model, or of the next in the chain while it stays down."""
         failures: list[str] = []
         chain = self.spec.chain
-        most = self.spec.limits.max_steps
-        if most is not None and len(self.generated) >= most:
-            raise BudgetSpent(f"The limit max_steps = {most} is reached.")
+        if self._is_out_of_steps:
+            raise BudgetSpent(self._steps_reached())
         while self.state.fallback < len(chain):
             name = chain[self.state.fallback]
             try:
@@ -146,6 +145,14 @@ class Run:
                     break
             self.state.fallback += 1
         raise Failed("failed", "model_error", " · ".join(dict.fromkeys(failures)))
+
+    @property
+    def _is_out_of_steps(self) -> bool:
+        most = self.spec.limits.max_steps
+        return most is not None and len(self.generated) >= most
+
+    def _steps_reached(self) -> str:
+        return f"The limit max_steps = {self.spec.limits.max_steps} is reached."
 
     def _is_final(self, error: Exception) -> bool:
         if isinstance(error, ModelRejected):
@@ -299,10 +306,12 @@ class Run:
         """Execute the committed calls that have no result yet, and commit each result."""
         for index, step, tool in self._own_open_calls():
             problem = arguments_mismatch(step["arguments"], tool.declaration())
-            if problem is None:
-                result = await tool.run(step, self._key(index))
-            else:
+            if problem is not None:
                 result = tool.failure(f"Not executed: {problem}.")
+            elif self._is_out_of_steps:
+                result = tool.failure(f"Not executed: {self._steps_reached()}")
+            else:
+                result = await tool.run(step, self._key(index))
             self._add(_answered(result, step))
             await self._commit(())
 

@@ -17,6 +17,38 @@ _log = structlog.get_logger(__name__)
 
 _PATIENCE_S = 60.0
 _LOOK_S = 0.5
+_MARK_BYTES = 200
+
+
+class Bounded:
+    """The beginning and the end of a text: what comes from a sandbox is never believed to be short.
+
+    A broker bounds it too, so the middle is left out here only where that fails.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        # The broker's own mark is beyond its bound.
+        self._half = (max_bytes + _MARK_BYTES) // 2
+        self._head = bytearray()
+        self._tail = bytearray()
+        self._left_out = 0
+
+    def add(self, data: bytes) -> None:
+        """Take the next piece."""
+        room = self._half - len(self._head)
+        if room > 0:
+            self._head += data[:room]
+            data = data[room:]
+        self._tail += data
+        excess = len(self._tail) - self._half
+        if excess > 0:
+            self._left_out += excess
+            del self._tail[:excess]
+
+    def read(self) -> str:
+        """What there is of it."""
+        mark = f"\n[… {self._left_out} bytes left out …]\n".encode() if self._left_out else b""
+        return (bytes(self._head) + mark + bytes(self._tail)).decode(errors="replace")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,14 +80,14 @@ class RemoteWorkplace:
             session=session,
         )
         address = await self._address()
-        pieces: list[bytes] = []
+        text = Bounded(max_output_bytes)
         async with self.sandboxes.client.execute(address, self.environment_id, command) as events:
             async for event in events:
                 match event:
                     case Output(_, data):
-                        pieces.append(data)
+                        text.add(data)
                     case Exit():
-                        return Done(event, b"".join(pieces).decode(errors="replace"))
+                        return Done(event, text.read())
         raise Unready("The sandbox's answer ended early.")
 
     async def kill(self, key: str) -> None:

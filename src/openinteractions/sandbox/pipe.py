@@ -1,7 +1,8 @@
 """The broker's side of a sandbox: commands, ports and egress over one byte stream.
 
 The supervisor's source is the first thing that goes over the stream, so an image needs nothing but
-`/usr/bin/python3`. What comes back is never trusted: sandboxed code runs as the same user as the supervisor.
+`/usr/bin/python3`. What comes back is never trusted: sandboxed code runs as the same user as the
+supervisor.
 """
 
 import asyncio

@@ -257,3 +257,11 @@ async def test_files_that_could_not_be_removed_are_removed_later(stand: Stand):
         await connection.execute("update brokers set seen = now() + interval '1 hour'")
     await stand.server.process.environments.expire()
     assert await stand.disks.list() == []
+
+
+def test_a_secret_in_a_repositorys_url_is_refused():
+    source = {"type": "repository", "target": "workspace/r"}
+    for url in ("https://user:token@x.com/o/r", "https://token@x.com/o/r"):
+        with pytest.raises(Invalid, match="credential"):
+            sources.checked([{**source, "source": url}], skills_dir=None)
+    sources.checked([{**source, "source": "https://x.com/o/r"}], skills_dir=None)

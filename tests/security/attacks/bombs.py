@@ -34,8 +34,8 @@ def hidden_forks():
     if os.fork():
         os._exit(0)
     os.setsid()
-    if os.environ.pop("OI_EXECUTION", None):
-        os.execve(sys.executable, [sys.executable, "-c", "import os\nwhile True:\n try: os.fork()\n except OSError: pass"], {})  # fmt: skip
+    again = "import os\nwhile True:\n try: os.fork()\n except OSError: pass"
+    os.execve(sys.executable, [sys.executable, "-c", again], {})
 
 
 def threads():
@@ -51,9 +51,8 @@ def threads():
 
 def memory():
     """Anonymous memory, by one process."""
-    with contextlib.suppress(OSError):
-        with open("/proc/self/oom_score_adj", "w") as file:
-            file.write("0")
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("0")
     say("begun")
     held = []
     while True:

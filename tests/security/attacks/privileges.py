@@ -234,7 +234,7 @@ for _name, _flag in {
     "user": 0x10000000, "mount": 0x20000, "net": 0x40000000, "pid": 0x20000000, "ipc": 0x8000000,
     "uts": 0x4000000, "cgroup": 0x2000000,
 }.items():  # fmt: skip
-    for _way, _function in zip(("unshare", "clone", "clone3"), namespace(_flag)):
+    for _way, _function in zip(("unshare", "clone", "clone3"), namespace(_flag), strict=True):
         TRIES[f"{_way}_a_{_name}_namespace"] = _function
 
 
@@ -247,7 +247,8 @@ def family(number, kind):
 
 for _name, (_number, _kind) in {
     "packet": (17, socket.SOCK_RAW), "vsock": (40, socket.SOCK_STREAM), "alg": (38, 5),
-    "bluetooth": (31, socket.SOCK_RAW), "tipc": (30, socket.SOCK_STREAM), "can": (29, socket.SOCK_RAW),
+    "bluetooth": (31, socket.SOCK_RAW), "tipc": (30, socket.SOCK_STREAM),
+    "can": (29, socket.SOCK_RAW),
     "rds": (21, 5), "xdp": (44, socket.SOCK_RAW), "kcm": (41, 2), "key": (15, socket.SOCK_RAW),
     "raw_ipv4": (2, socket.SOCK_RAW), "raw_ipv6": (10, socket.SOCK_RAW),
 }.items():  # fmt: skip

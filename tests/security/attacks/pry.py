@@ -27,7 +27,10 @@ def connects(family, address):
         return one.connect_ex(address) == 0
 
 
-for folder in ("/workspace", "/.agents", "/home", "/tmp", "/run", "/var", "/mnt", "/media", "/srv", "/root", "/dev/shm"):  # fmt: skip
+for folder in (
+    "/workspace", "/.agents", "/home", "/tmp", "/run", "/var", "/mnt", "/media", "/srv", "/root",
+    "/dev/shm",
+):  # fmt: skip
     for root, _, names in os.walk(folder, followlinks=False):
         found += [path for path in (os.path.join(root, each) for each in names) if holds(path)]
 for path in glob.glob("/proc/[0-9]*/root/workspace/*") + glob.glob("/proc/[0-9]*/cwd/*"):

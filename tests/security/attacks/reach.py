@@ -17,8 +17,9 @@ PORT = int(sys.argv[1])
 HOSTS = sys.argv[2:]
 PROXY = ("127.0.0.1", 3128)
 PRIVATE = [
-    "169.254.169.254", "169.254.170.2", "100.100.100.200", "172.17.0.1", "172.18.0.1", "10.0.0.1",
-    "10.0.2.2", "192.168.0.1", "192.168.65.2", "192.168.127.1", "8.8.8.8", "1.1.1.1", "255.255.255.255",
+    "169.254.169.254", "169.254.170.2", "100.100.100.200", "172.17.0.1", "172.18.0.1", "10.0.0.1", "10.0.2.2",
+    "192.168.0.1", "192.168.65.2", "192.168.127.1", "8.8.8.8",
+    "1.1.1.1", "255.255.255.255",
     "224.0.0.1", "fd00:ec2::254", "2606:4700:4700::1111", "fe80::1", "ff02::1", "::ffff:8.8.8.8",
 ]  # fmt: skip
 
@@ -65,7 +66,8 @@ def listening():
 
 def unix_sockets():
     """In the file system, and without a name in it."""
-    found = [line.split()[-1] for line in open("/proc/net/unix").readlines()[1:] if "/" in line or "@" in line]  # fmt: skip
+    lines = open("/proc/net/unix").readlines()[1:]
+    found = [line.split()[-1] for line in lines if "/" in line or "@" in line]
     for root, folders, names in os.walk("/"):
         if root == "/":
             folders[:] = [each for each in folders if each not in ("proc", "sys", "usr")]
@@ -121,26 +123,27 @@ def talk(data):
     return answer.split(b"\r\n")[0].decode("latin-1")
 
 
+def request(target, host):
+    head = f"GET {target} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
+    return talk(head.encode())
+
+
 def through_the_proxy():
     """By all names that an address has."""
     found = {}
-    spelled = ["localhost", "2130706433", "0x7f000001", "0177.0.0.1", "127.1", "[::1]", "[::ffff:127.0.0.1]",
-               "[::ffff:7f00:1]", "0.0.0.0", "127.0.0.1.nip.io", "169.254.169.254", "[fd00:ec2::254]",
-               "metadata.google.internal", "host.docker.internal", "172.17.0.1", "user@127.0.0.1", *HOSTS]  # fmt: skip
+    spelled = [
+        "localhost", "2130706433", "0x7f000001", "0177.0.0.1", "127.1", "[::1]", "0.0.0.0",
+        "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "127.0.0.1.nip.io", "169.254.169.254",
+        "[fd00:ec2::254]", "metadata.google.internal", "host.docker.internal", "172.17.0.1",
+        "user@127.0.0.1", *HOSTS,
+    ]  # fmt: skip
     for host in spelled:
         for port in (80, 443, PORT):
-            found[f"CONNECT {host}:{port}"] = talk(
-                f"CONNECT {host}:{port} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
-            )
-        found[f"GET {host}"] = talk(
-            f"GET http://{host}/ HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode()
-        )
-        found[f"GET {host}:{PORT}"] = talk(
-            f"GET http://{host}:{PORT}/ HTTP/1.1\r\nHost: {host}:{PORT}\r\nConnection: close\r\n\r\n".encode()
-        )
-        found[f"Host {host}"] = talk(
-            f"GET http://example.com/ HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode()
-        )
+            ask = f"CONNECT {host}:{port}"
+            found[ask] = talk(f"{ask} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        found[f"GET {host}"] = request(f"http://{host}/", host)
+        found[f"GET {host}:{PORT}"] = request(f"http://{host}:{PORT}/", f"{host}:{PORT}")
+        found[f"Host {host}"] = request("http://example.com/", host)
     return found
 
 

@@ -170,6 +170,7 @@ def _content(source: Json, where: str) -> bytes:
 
 
 def _git_url(text: str, where: str) -> str:
+    parts = urlsplit("")
     try:
         parts = urlsplit(text)
         is_good = parts.scheme == "https" and bool(parts.hostname) and parts.path.strip("/") != ""
@@ -179,6 +180,11 @@ def _git_url(text: str, where: str) -> str:
         raise Invalid(
             f"Invalid value at '{where}': expected the https URL of a git repository, "
             "such as 'https://github.com/owner/name'."
+        )
+    if "@" in parts.netloc:
+        raise Invalid(
+            f"Invalid value at '{where}': a user or token in the URL would end up in the sandbox. "
+            "Store it as a credential, and name that in the network's allowlist."
         )
     return text
 
