@@ -9,7 +9,7 @@ from openinteractions.loop.context import open_calls
 from openinteractions.loop.spec import Limits
 from openinteractions.loop.turn import fold
 from openinteractions.models.port import Finished, TextDelta, ToolCall
-from openinteractions.sandbox.port import Exit
+from openinteractions.sandbox.port import Exit, SandboxError
 from openinteractions.tools.port import Done
 
 CODE = [{"type": "code_execution"}]
@@ -129,6 +129,7 @@ async def test_a_function_that_does_not_exist_is_told_to_the_model():
         (done("", outcome="killed", code=None), "Stopped."),
         (Unready("No broker answers."), "it is unknown whether this ran: No broker answers."),
         (NotFound("Environment 'e' not found."), "could not run this: Environment"),
+        (SandboxError("It does not start."), "could not run this: It does not start."),
     ],
 )
 async def test_what_goes_wrong_is_said(end, says):

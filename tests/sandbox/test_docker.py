@@ -140,6 +140,8 @@ async def test_asks_for_exactly_this_container(engine, backend):
     )
     assert await backend.create(spec) == "c1"
     tmp = "rw,nosuid,nodev"
+    own = "noexec,mode=0755,uid=1234,gid=1234"
+    private = "noexec,mode=0700,uid=1234,gid=1234"
     assert engine.body == {
         "Image": "oi/x",
         "Entrypoint": ["python3"],
@@ -164,10 +166,10 @@ async def test_asks_for_exactly_this_container(engine, backend):
             "NanoCpus": 1_500_000_000,
             "OomScoreAdj": 500,
             "Tmpfs": {
-                "/tmp": f"{tmp},exec,mode=1777,size={2**28 * 10 // 16},nr_inodes={2**16 * 10 // 16}",
+                "/tmp": f"{tmp},exec,mode=1777,size={2**24 * 10},nr_inodes={2**12 * 10}",
                 "/dev/shm": f"{tmp},noexec,mode=1777,size={2**25},nr_inodes={2**13}",
-                "/run": f"{tmp},noexec,mode=0755,uid=1234,gid=1234,size={2**24},nr_inodes={2**12}",
-                "/run/oi": f"{tmp},noexec,mode=0700,uid=1234,gid=1234,size={2**24 * 3},nr_inodes={2**12 * 3}",
+                "/run": f"{tmp},{own},size={2**24},nr_inodes={2**12}",
+                "/run/oi": f"{tmp},{private},size={2**24 * 3},nr_inodes={2**12 * 3}",
             },
             "Mounts": [
                 {

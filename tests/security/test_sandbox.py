@@ -266,6 +266,18 @@ async def test_commands_cannot_touch_the_supervisor_though_it_is_the_same_user(f
 
 
 @pytest.mark.usefixtures("well")
+async def test_what_the_same_user_may_do_to_the_supervisor_ends_with_a_stop(field, den):
+    """Its limits and its priority: they bring nothing, and harm nobody but the own sandbox."""
+    program = (
+        "import os, resource; resource.prlimit(1, resource.RLIMIT_NOFILE, (0, 0)); "
+        "os.sched_setscheduler(1, os.SCHED_IDLE, os.sched_param(0))"
+    )
+    await field.stage.run(den, field.stage.command("python3", "-c", program))
+    await field.healthy()
+    await field.stop(den)
+
+
+@pytest.mark.usefixtures("well")
 async def test_nothing_in_the_environment_runs_as_the_supervisor(field: Arena, den: UUID):
     """Not even after a stop, when a sandbox starts with files that were written before."""
     fake = '#!/bin/sh\\ntouch /workspace/caught\\nexec /usr/bin/python3 "$@"\\n'

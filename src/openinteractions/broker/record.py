@@ -2,14 +2,15 @@
 
 One task fills a record; any number of readers follow it, each from its own position. Positions
 count raw bytes of output. Beyond the bound the first and the last part are kept, as a reader of a
-log wants them; a reader that has kept up has seen everything.
+log wants them. The first part is shown while it comes, the last one at the end, so that nobody gets
+more than the bound, however fast he reads.
 """
 
 import asyncio
 from bisect import bisect_right
 from collections import deque
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias, cast
 
 import orjson
@@ -19,7 +20,8 @@ from openinteractions.sandbox.pipe import Omitted
 from openinteractions.sandbox.port import Exit, Json, Output
 
 _JOINED_BYTES = 16 * 1024
-
+_MAX_PARTS = 8192
+_MAX_POSITION = 1 << 62
 
 Piece: TypeAlias = Output | Exit
 """What was not kept is shown as an `Omitted`."""
@@ -38,11 +40,14 @@ class _Part:
 class Record:
     """The output of one execution."""
 
-    def __init__(self, max_bytes: int) -> None:
-        self._half = max(max_bytes // 2, 1)
+    def __init__(self, max_bytes: int, *, max_parts: int = _MAX_PARTS) -> None:
+        self._head_size = max(max_bytes // 2, 1)
+        self._tail_size = max(max_bytes - self._head_size, 1)
+        self._max_parts = max_parts
         self._head: list[_Part] = []
         self._tail: deque[_Part] = deque()
         self._tail_bytes = 0
+        self._is_cut = False
         self._grown = asyncio.Event()
         self.position = 0
         """Bytes of output so far, kept or not."""
@@ -51,29 +56,30 @@ class Record:
     def add(self, output: Output) -> None:
         """Add a piece of output."""
         if isinstance(output, Omitted):
-            self.position += output.byte_count
+            self._pass(output.byte_count)
             return
-        if not output.data:
-            return
-        part = _Part(self.position, output)
-        self.position = part.end
-        if not self._tail and part.end <= self._half:
-            _append(self._head, part)
-        else:
-            _append(self._tail, part)
-            self._tail_bytes += len(output.data)
-            while self._tail_bytes - len(self._tail[0].output.data) >= self._half:
-                self._tail_bytes -= len(self._tail.popleft().output.data)
-        self._wake()
+        room = 0
+        if not self._tail and len(self._head) < self._max_parts:
+            room = max(self._head_size - self.position, 0)
+        first, rest = output.data[:room], output.data[room:]
+        if first:
+            _append(self._head, _Part(self.position, replace(output, data=first)))
+            self._pass(len(first))
+            self._wake()
+        if rest:
+            _append(self._tail, _Part(self.position, replace(output, data=rest)))
+            self._pass(len(rest))
+            self._tail_bytes += len(rest)
+            self._cut_tail()
 
     def finish(self, ended: Exit) -> None:
         """It has ended; the first word counts."""
         if self.exit is None:
-            self.exit = ended
+            self.exit = replace(ended, truncated=True) if self._is_cut else ended
             self._wake()
 
     async def follow(self, offset: int) -> AsyncGenerator[Piece]:
-        """Everything from a position on, and then the exit."""
+        """Everything that is kept from a position on, and then the exit."""
         at = offset
         while True:
             grown = self._grown
@@ -106,7 +112,7 @@ class Record:
     @classmethod
     def load(cls, dumped: bytes, fields: Json) -> "Record":
         """A record that was stored, with how it ended."""
-        record = cls(2 * len(dumped) + 2)
+        record = cls(2 * len(dumped) + 2, max_parts=len(dumped) + 1)
         for kind, payload in messages.Frames().feed(dumped):
             if kind == messages.EVENT:
                 record.add(messages.omitted(orjson.loads(payload)["bytes"]))
@@ -116,9 +122,26 @@ class Record:
         return record
 
     def _since(self, offset: int) -> list[_Part]:
-        """The kept parts that end after a position."""
-        parts = [*self._head, *self._tail]
+        """The parts to show that end after a position."""
+        parts = self._head if self.exit is None else [*self._head, *self._tail]
         return parts[bisect_right(parts, offset, key=lambda part: part.end) :]
+
+    def _pass(self, byte_count: int) -> None:
+        # What a sandbox says of its output may be any number, again and again.
+        self.position = min(self.position + byte_count, _MAX_POSITION)
+
+    def _cut_tail(self) -> None:
+        """Leave out the oldest bytes of the tail that are too many."""
+        tail = self._tail
+        while (excess := self._tail_bytes - self._tail_size) > 0 or len(tail) > self._max_parts:
+            self._is_cut = True
+            first = tail.popleft()
+            data = first.output.data
+            if len(data) > excess > 0:
+                rest = replace(first.output, data=data[excess:])
+                tail.appendleft(_Part(first.offset + excess, rest))
+                data = data[:excess]
+            self._tail_bytes -= len(data)
 
     def _wake(self) -> None:
         grown, self._grown = self._grown, asyncio.Event()

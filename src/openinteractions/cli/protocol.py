@@ -9,12 +9,10 @@ dropped.
 import asyncio
 from typing import Any
 
-from uvicorn.protocols.http import httptools_impl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 _HEAD_TIMEOUT_S = 30.0
 _REST_TIMEOUT_S = 10.0
-httptools_impl.HIGH_WATER_LIMIT = 256 * 1024
 _MAX_HEAD_BYTES = 64 * 1024
 _MAX_OTHER_BYTES = 64 * 1024
 

@@ -21,9 +21,11 @@ import fcntl
 import os
 import re
 import secrets
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, ParamSpec, Protocol, TypeVar
 from weakref import WeakValueDictionary
@@ -46,10 +48,26 @@ _T = TypeVar("_T")
 _ID = re.compile(r"[0-9a-f]{32}")
 _THREADS = 8
 _LOW_SHARE = 0.05
+_LOW_BYTES = 2**30
+_COUNT_S = 2.0
 _SETTLING = re.compile(r"settling\.([0-9a-f]{32})\.(.+)")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 # The machine's own process namespace, a fixed number of the kernel (PROC_PID_INIT_INO).
 _HOST_PIDS = 0xEFFFFFFC
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """How full a plain folder is, whose size nothing else bounds."""
+
+    charged: int
+    """Bytes that it counts with."""
+    size: int
+    """What it may hold."""
+    hard_size: int
+    """What is never let pass."""
+    took_s: float
+    """To find out."""
 
 
 class _Kind(Protocol):
@@ -87,6 +105,9 @@ class Disks:
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._lock_file: int | None = None
         self._why_folder: str | None = None
+        self._counting: dict[str, asyncio.Future[Usage]] = {}
+        self._counted: dict[str, Usage] = {}
+        """What was counted last, to its end."""
 
     async def recover(self) -> Sequence[str]:
         """Take the folder over, tidy what a broker before has left; the environments found.
@@ -107,7 +128,7 @@ class Disks:
         """Have a disk: made if it is not there.
 
         Raises:
-            Unready: The broker's own disk is full.
+            Unready: The broker's own disk is full, or nearly so.
         """
         async with self._alone(env):
             await self._run(self._ensure, env)
@@ -134,7 +155,8 @@ class Disks:
 
         Raises:
             Gone: The source has no disk.
-            Unready: The broker's own disk is full.
+            TooLarge: The source holds more than it may.
+            Unready: The broker's own disk is full, or nearly so.
         """
         async with self._alone(source, env):
             await self._run(self._fork, source, env)
@@ -143,16 +165,43 @@ class Disks:
         """Remove its disk and all files; nothing happens where there is none."""
         async with self._alone(env):
             await self._run(self._delete, env)
+            self._counted.pop(env, None)
 
     async def usage(self, env: str) -> Usage:
-        """What the sandbox's files are.
+        """What the sandbox's files are, as far as it can be told soon.
+
+        Of a large tree it is what was counted last, or a part.
 
         Raises:
             Gone: It has no disk.
         """
+        counting = self._counting.get(env)
+        if counting is None:
+            counting = asyncio.ensure_future(self._count(env))
+            self._counting[env] = counting
+            counting.add_done_callback(lambda _: self._counting.pop(env, None))
+        return await asyncio.shield(counting)
+
+    async def _count(self, env: str) -> Usage:
         async with self._alone(env):
             root = await self._run(self._open, env)
-        return await self._run(tree.measure, root)
+        usage = await self._run(tree.measure, root, tree.Stop(within_s=_COUNT_S))
+        if usage.is_partial:
+            return self._counted.get(env, usage)
+        self._counted[env] = usage
+        return usage
+
+    async def fill(self, env: str, *, most: int | None = None) -> Fill | None:
+        """How full it is; None where its file system bounds it.
+
+        Args:
+            env: The environment.
+            most: Look no further once it has more than this.
+
+        Raises:
+            Gone: It has no disk.
+        """
+        return await self._run(self._fill, env, most)
 
     async def room(self, env: str) -> int:
         """Bytes that it may still write; none or fewer: it is full.
@@ -263,14 +312,39 @@ class Disks:
             raise Gone(f"The environment {env} has no disk here.")
         return folder
 
+    def _check_host(self) -> None:
+        """Disks may grow to more than the host has: so none is added to a full one.
+
+        Raises:
+            Unready: There is too little room.
+        """
+        disk = os.statvfs(self._home)
+        free, whole = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
+        if free < min(_LOW_SHARE * whole, _LOW_BYTES):
+            raise Unready(
+                f"The broker's disk is nearly full ({free // 2**20} MiB free): it takes no more "
+                "environments until its operator makes room.",
+                retry_after_s=30,
+            )
+
+    def _fill(self, env: str, most: int | None) -> Fill | None:
+        folder = self._at(env)
+        if self._of(folder) is not self._folders:
+            return None
+        kind, began = self._folders, time.monotonic()
+        charged = kind.charged(folder, most=most)
+        return Fill(charged, kind.size, kind.hard_size, time.monotonic() - began)
+
     def _ensure(self, env: str) -> None:
         if not (self._home / env).is_dir():
+            self._check_host()
             self._appear(env, self._new().make)
 
     def _fork(self, source: str, env: str) -> None:
         if (self._home / env).is_dir():
             return
         old = self._at(source)
+        self._check_host()
         kind = self._of(old)
         mark = f"settling.{source}.{_boot()}"
 

@@ -16,7 +16,7 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Collection, Coroutine
 from typing import Any, cast
 
 from openinteractions.sandbox.frames import MAX_PAYLOAD, PADDING, Decoder, Encoder, Frame, following
@@ -33,6 +33,8 @@ _BATCH = 256 * 1024
 _READ = 256 * 1024
 _SMALL = 4096
 _MAX_CONTROL = 4096
+_MAX_PARTING = 4096
+_MAX_GRANT = 1 << 31
 _MAX_REASON = 200
 _MAX_BAD = 4096
 _MAX_SKIPPED = 64 << 20
@@ -197,7 +199,8 @@ class MuxStream:
         if frame.kind == DATA:
             self._receive_bytes(frame.payload)
         elif frame.kind == WINDOW:
-            self._credit = min(self._credit + int.from_bytes(frame.payload[:4], "big"), 1 << 31)
+            grant = int.from_bytes(frame.payload[:4], "big")
+            self._credit = min(self._credit + grant, _MAX_GRANT)
             self._writable.set()
         elif frame.kind == END:
             self._is_remote_ended = True
@@ -241,11 +244,22 @@ class Mux:
         channel_write: Callable[[bytes], Awaitable[None]],
         is_host: bool,
         on_open: OnOpen,
+        kinds: Collection[str] | None = None,
     ) -> None:
+        """Nothing is read yet.
+
+        Args:
+            channel_read: Up to so many bytes; none at the end.
+            channel_write: Takes all that it is given.
+            is_host: Whether this side greets.
+            on_open: Gets each stream that the other side opens.
+            kinds: Those that it may open; all if left out.
+        """
         self._channel_read = channel_read
         self._channel_write = channel_write
         self._is_host = is_host
         self._on_open = on_open
+        self._kinds = kinds
         self._encoder = Encoder()
         self._decoder = Decoder()
         self._expected = 0
@@ -425,13 +439,16 @@ class Mux:
                     self._check_peer()
                 # The channel may always have more at hand; others want to run too.
                 await asyncio.sleep(0)
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 - without its reader the pipe is lost
             self._lose(f"reading from the pipe failed: {error}")
         self._lose("the pipe has ended")
 
     def _check_peer(self) -> None:
         if self._decoder.bad > _MAX_BAD or self._decoder.skipped > _MAX_SKIPPED:
             self._lose("too much of what came was rubbish")
+        elif len(self._ready) - len(self._streams) > _MAX_PARTING:
+            # Streams that have ended, and wait for a peer that does not read to be told of it.
+            self._lose("the other side opens streams and does not read")
 
     def _receive(self, frame: Frame) -> None:
         if self.lost.is_set():
@@ -460,7 +477,9 @@ class Mux:
         if number in self._streams or number % 2 == (1 if self._is_host else 0):
             return
         opened = _parsed(frame.payload)
-        if opened is None or self._visitors >= MAX_STREAMS:
+        is_known = opened is not None and (self._kinds is None or opened[0] in self._kinds)
+        if opened is None or not is_known or self._visitors >= MAX_STREAMS:
+            # Who does not read gets no answer.
             if len(self._control) < _MAX_CONTROL:
                 self._tell(RESET, number, b"refused")
             return
@@ -495,7 +514,7 @@ class Mux:
                 self._wake.clear()
                 while not self.lost.is_set() and (parts := self._batch()):
                     await self._channel_write(b"".join(parts))
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 - without its writer the pipe is lost
             self._lose(f"writing to the pipe failed: {error}")
 
     def _batch(self) -> list[bytes | memoryview]:
@@ -521,7 +540,8 @@ class Mux:
 
     def _batch_windows(self, parts: list[bytes | memoryview]) -> None:
         for number, stream in self._granting.items():
-            payload = stream.grant.to_bytes(4, "big")
+            # More has gathered only for a peer that sends without asking how much it may.
+            payload = min(stream.grant, _MAX_GRANT).to_bytes(4, "big")
             stream.grant = 0
             parts += (self._encoder.pack(WINDOW, number, payload), payload)
         self._granting.clear()

@@ -7,7 +7,6 @@ supervisor.
 
 import asyncio
 import json
-import math
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
@@ -122,7 +121,7 @@ class Pipe:
     def __init__(self, channel: Duplex, on_connect: OnConnect) -> None:
         self._channel = channel
         self._on_connect = on_connect
-        self._mux = Mux(channel.read, channel.write, True, self._connected)
+        self._mux = Mux(channel.read, channel.write, True, self._connected, CONNECTIONS)
         self.lost = self._mux.lost
         """Set when the channel has ended, or the other side has gone mad."""
 
@@ -174,7 +173,7 @@ class Pipe:
         """Listen on these loopback ports (those that do already stay); return what failed."""
         ports = {"proxy": proxy, "https": https, "http": http, "dns": dns}
         answer = await self._ask("configure", header=ports)
-        return [str(one)[:_MAX_TEXT] for one in _list(answer, "problems")[: len(ports)]]
+        return [_words(one) for one in _list(answer, "problems")[: len(ports)]]
 
     async def start(self, command: Command) -> bool:
         """Start a command; False if its id was started before (then nothing happens).
@@ -295,8 +294,7 @@ class Pipe:
         await self._ask("shutdown", is_repeatable=False)
 
     async def _connected(self, stream: MuxStream) -> None:
-        if stream.kind in CONNECTIONS:
-            await self._on_connect(stream.kind, stream)
+        await self._on_connect(stream.kind, stream)
 
     async def _follow_once(self, execution_id: str, offset: int) -> AsyncGenerator[Output | Exit]:
         stream = await self._mux.open("follow", {"id": execution_id, "offset": offset})
@@ -413,7 +411,7 @@ def _exit(fields: Json) -> Exit:
 
 def _listed(fields: Json) -> Json:
     return {
-        "id": str(fields.get("id"))[:_MAX_TEXT],
+        "id": _words(fields.get("id")),
         "epoch": _whole(fields.get("epoch"), _MAX_COUNT) or 0,
         "is_running": fields.get("is_running") is True,
         "age_s": _amount(fields.get("age_s")),
@@ -427,7 +425,9 @@ def _checked(answer: bytes) -> Json:
     code = fields.get("error")
     if code is None:
         return fields
-    message = str(fields.get("message"))[:_MAX_TEXT]
+    if not isinstance(code, str):
+        raise SandboxError("The sandbox gave an answer that makes no sense.")
+    message = _words(fields.get("message"))
     if code in {"unknown", "ended"}:
         raise Gone(f"The execution is not there: {message}.")
     if code == "busy":
@@ -459,4 +459,9 @@ def _whole(value: object, most: int) -> int | None:
 def _amount(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return 0.0
-    return float(value) if math.isfinite(value) and 0 <= value < _MAX_COUNT else 0.0
+    # Compared as it came: a whole number may be too large for a float, and NaN is in no range.
+    return float(value) if 0 <= value < _MAX_COUNT else 0.0
+
+
+def _words(value: object) -> str:
+    return value[:_MAX_TEXT] if isinstance(value, str) else ""

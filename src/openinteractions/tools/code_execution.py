@@ -9,7 +9,7 @@ from typing import Any
 
 from openinteractions.errors import RequestError, Unready
 from openinteractions.models.port import Json, ToolCall
-from openinteractions.sandbox.port import Exit
+from openinteractions.sandbox.port import Exit, SandboxError
 from openinteractions.tools.port import Done, Workplace
 
 NAME = "code_execution"
@@ -103,7 +103,7 @@ class CodeExecution:
                 f"The sandbox could not be reached, so it is unknown whether this ran: "
                 f"{error.message}"
             )
-        except RequestError as error:
+        except (RequestError, SandboxError) as error:
             return _failed(f"The sandbox could not run this: {error.message}")
 
     async def stop(self, key: str) -> None:

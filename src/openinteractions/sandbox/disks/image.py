@@ -110,7 +110,8 @@ class Images:
         mounts.mount_image(image, folder / TREE)
         if (folder / _FORKED).exists():
             # What was half uploaded belongs to the other one.
-            shutil.rmtree(folder / TREE / "uploads", ignore_errors=True)
+            halves = [str(folder / TREE / name) for name in ("uploads", "staging")]
+            mounts.run("rm", "-rf", "--one-file-system", "--", *halves)
             (folder / TREE / "uploads").mkdir(mode=0o700)
             (folder / _FORKED).unlink()
 

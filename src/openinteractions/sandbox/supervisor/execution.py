@@ -347,6 +347,12 @@ class Command(Execution):
     async def _supervise(self) -> None:
         assert self._ended is not None
         status, cpu_s, max_rss_bytes = await self._ended
+        try:
+            await self._take_the_rest()
+        finally:
+            self._finish(status, cpu_s=round(cpu_s, 6), max_rss_bytes=max_rss_bytes)
+
+    async def _take_the_rest(self) -> None:
         if self._killing is not None:
             await asyncio.wait({self._killing})
         for fd in list(self._outputs):
@@ -357,7 +363,6 @@ class Command(Execution):
         while self._outputs and (left := deadline - time.monotonic()) > 0:
             await _ring_or_timeout(self.changed, left)
         self._let_go()
-        self._finish(status, cpu_s=round(cpu_s, 6), max_rss_bytes=max_rss_bytes)
 
     def _let_go(self) -> None:
         loop = asyncio.get_running_loop()

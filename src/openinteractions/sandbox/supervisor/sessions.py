@@ -20,6 +20,7 @@ _READ = 65536
 _DRAIN_READS = 32
 _MAX_SESSIONS = 16
 _MAX_ANSWER = 65536
+_MAX_NUMBER = 1 << 53
 _HEAD = 4
 
 
@@ -109,7 +110,8 @@ class Session:
             size = int.from_bytes(await self._receive(_HEAD), "big")
             answer: Any = json.loads(await self._receive(min(size, _MAX_ANSWER)))
             return cast("dict[str, Any]", answer) if isinstance(answer, dict) else None
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
+            # A cell's code can write to this channel too: what comes may be anything.
             return None
 
     async def _receive(self, size: int) -> bytes:
@@ -241,17 +243,23 @@ class Cell(Execution):
         self._spawn(self._run())
 
     async def _run(self) -> None:
-        async with self._sessions.turn(self._name):
-            if self.was_killed:
-                self._finish(signal.SIGKILL)
-                return
-            try:
-                self._session = await self._sessions.of(self.order)
-            except (OSError, Refusal) as error:
-                self.write(STDERR, f"python3: {error}\n".encode())
-                self._finish(127 << 8)
-                return
-            await self._run_in(self._session)
+        try:
+            async with self._sessions.turn(self._name):
+                await self._run_now()
+        finally:
+            # Whatever went wrong: whoever follows learns of an end.
+            self._finish(signal.SIGKILL)
+
+    async def _run_now(self) -> None:
+        if self.was_killed:
+            return
+        try:
+            self._session = await self._sessions.of(self.order)
+        except (OSError, Refusal) as error:
+            self.write(STDERR, f"python3: {error}\n".encode())
+            self._finish(127 << 8)
+            return
+        await self._run_in(self._session)
 
     async def _run_in(self, session: Session) -> None:
         is_fresh, before_s = not session.has_run, session.cpu_s
@@ -287,4 +295,7 @@ class Cell(Execution):
 
 
 def _number(value: object) -> float:
-    return round(float(value), 6) if isinstance(value, (int, float)) else 0.0
+    """What an interpreter says it used, if that can be."""
+    if not isinstance(value, (int, float)) or not 0 <= value <= _MAX_NUMBER:
+        return 0.0
+    return round(float(value), 6)
