@@ -6,6 +6,7 @@ id is the running command, its stored result, or `unknown`; never a second run.
 
 import asyncio
 import contextlib
+import time
 from dataclasses import dataclass, replace
 from typing import Final
 from uuid import UUID
@@ -32,10 +33,17 @@ _MAX_MISTAKES: Final = 5
 _MAX_ID: Final = 200
 _HEX: Final = 32
 _KILL: Final = 9
+_GRACE_S: Final = 30.0
+"""How much later than its time limit a command may say how it ended."""
+_KILL_GRACE_S: Final = 5.0
+LONGEST_S: Final = 24 * 3600.0
+"""The time limit of a command that has none."""
+_STOP_S: Final = 15.0
 _PAUSE_S: Final = 0.1
 _MAX_PAUSE_S: Final = 10.0
 _UNKNOWN: Final = Exit(outcome="unknown")
 _KILLED: Final = Exit(outcome="killed", signal=_KILL)
+_TIMED_OUT: Final = replace(_KILLED, timed_out=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +109,11 @@ class Executions:
             _fence(epoch, running.epoch)
         # Whoever has ended meanwhile needs no signal.
         with contextlib.suppress(ConnectionError, Gone):
-            pipe = await running.live.usable()
             if number == _KILL:
-                await pipe.kill(name)
+                running.hurry(_KILL_GRACE_S)
+                await (await running.live.usable()).kill(name)
             else:
-                await pipe.signal(name, number)
+                await (await running.live.usable()).signal(name, number)
         if epoch is not None and epoch > running.epoch:
             await store.raise_epoch(self._database, environment_id, name, epoch)
             running.epoch = epoch
@@ -132,10 +140,19 @@ class Executions:
         epoch: int,
         *,
         max_bytes: int = MAX_OUTPUT_BYTES,
+        timeout_s: float | None = None,
+        session: str | None = None,
     ) -> Running:
-        """Follow a command to its end, and store the result."""
+        """Follow a command to its end, and store the result.
+
+        What does not end in its time is ended, with its sandbox: nothing that a sandbox does, or
+        fails to do, keeps a caller waiting for ever.
+        """
         record = Record(min(max(max_bytes, MIN_OUTPUT_BYTES), MAX_OUTPUT_BYTES))
-        running = Running(name, epoch, record, live)
+        limit_s = min(LONGEST_S if timeout_s is None else timeout_s, LONGEST_S) + _GRACE_S
+        running = Running(
+            name, epoch, record, live, ends_by=_begins_by(slot, session) + limit_s, session=session
+        )
         slot.running[name] = running
         running.task = self._house.parts.tasks.spawn(
             self._follow(slot, running), name=f"execution-{slot.id.hex}-{name}"
@@ -209,7 +226,13 @@ class Executions:
             # It may have arrived: whoever follows finds out.
             _log.warning("execution.unsure", environment_id=slot.id.hex, execution_id=command.id)
         return self.follow(
-            slot, live, command.id, command.epoch, max_bytes=command.max_output_bytes
+            slot,
+            live,
+            command.id,
+            command.epoch,
+            max_bytes=command.max_output_bytes,
+            timeout_s=command.timeout_s,
+            session=command.session,
         ).record
 
     async def _begin(self, row: store.Row, name: str, *, epoch: int, sandbox: str) -> bool:
@@ -223,10 +246,7 @@ class Executions:
         )
 
     async def _follow(self, slot: Slot, running: Running) -> None:
-        try:
-            ended = await _until_end(running)
-        except Gone:
-            ended = _KILLED if running.is_stopped else _UNKNOWN
+        ended = await self._outcome(slot, running)
         running.record.finish(ended)
         slot.touch()
         metrics.child(metrics.executions, ended.outcome).inc()
@@ -238,6 +258,36 @@ class Executions:
         if slot.running.get(running.id) is running:
             del slot.running[running.id]
         slot.touch()
+
+    async def _outcome(self, slot: Slot, running: Running) -> Exit:
+        """How a command ended, whatever its sandbox says or does not say."""
+        loop = asyncio.get_running_loop()
+        try:
+            left_s = running.ends_by - time.monotonic()
+            async with asyncio.timeout_at(loop.time() + left_s) as running.timeout:
+                return await _until_end(running)
+        except Gone:
+            return _KILLED if running.is_stopped else _UNKNOWN
+        except TimeoutError:
+            ended = _KILLED if running.is_killed else _TIMED_OUT
+        except Exception as error:  # noqa: BLE001 - what a sandbox says must not keep a run waiting
+            ended = _UNKNOWN
+            _log.warning("execution.senseless", execution_id=running.id, error=repr(error)[:200])
+        finally:
+            running.timeout = None
+        _log.warning(
+            "execution.not_ended",
+            environment_id=slot.id.hex,
+            execution_id=running.id,
+            outcome=ended.outcome,
+        )
+        if slot.live is running.live:
+            # It may run on: nothing else ends it for sure.
+            stopping = self._house.parts.tasks.spawn(
+                self._house.stop(slot.id, "a command did not end"), name=f"stop-{slot.id.hex}"
+            )
+            await asyncio.wait({stopping}, timeout=_STOP_S)
+        return ended
 
     async def _keep(self, environment_id: UUID, running: Running, ended: Exit) -> None:
         """Store a result; however long the database is away."""
@@ -268,6 +318,7 @@ async def _until_end(running: Running) -> Exit:
 
     Raises:
         Gone: Its sandbox has ended, or does not know it.
+        SandboxError: It says what makes no sense, again and again.
     """
     record, mistakes = running.record, 0
     while True:
@@ -280,12 +331,17 @@ async def _until_end(running: Running) -> Exit:
                 record.add(piece)
         except ConnectionError:
             pass
-        except SandboxError as error:
+        except SandboxError:
             mistakes = 0 if record.position > before else mistakes + 1
             if mistakes > _MAX_MISTAKES:
-                _log.warning("execution.senseless", execution_id=running.id, error=error.message)
-                raise Gone("The sandbox does not say how the command ended.") from error
+                raise
         await asyncio.sleep(_PAUSE_S)
+
+
+def _begins_by(slot: Slot, session: str | None) -> float:
+    """When a command begins at the latest: cells of one session wait for each other."""
+    others = (each.ends_by for each in slot.running.values() if each.session == session)
+    return max(time.monotonic(), *others) if session is not None else time.monotonic()
 
 
 async def _is_known(pipe: Pipe, name: str) -> bool:

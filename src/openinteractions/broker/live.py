@@ -109,6 +109,19 @@ class Running:
     epoch: int
     record: Record
     live: Live
+    ends_by: float
+    """On the clock of `time.monotonic`: what has not said by then how it ended is ended."""
+    session: str | None = None
+    is_killed: bool = False
+    """Somebody has asked for its end."""
     is_stopped: bool = False
     """Its sandbox was stopped by us."""
     task: asyncio.Task[None] | None = field(default=None, repr=False)
+    timeout: asyncio.Timeout | None = field(default=None, repr=False)
+
+    def hurry(self, seconds: float) -> None:
+        """It is being killed, and has to say so soon."""
+        self.is_killed = True
+        self.ends_by = min(self.ends_by, time.monotonic() + seconds)
+        if self.timeout is not None:
+            self.timeout.reschedule(self.ends_by)

@@ -70,11 +70,12 @@ class Record:
             _append(self._tail, _Part(self.position, replace(output, data=rest)))
             self._pass(len(rest))
             self._tail_bytes += len(rest)
-            self._cut_tail()
+            self._drop_oldest()
 
     def finish(self, ended: Exit) -> None:
         """It has ended; the first word counts."""
         if self.exit is None:
+            self._cut_tail()
             self.exit = replace(ended, truncated=True) if self._is_cut else ended
             self._wake()
 
@@ -130,18 +131,25 @@ class Record:
         # What a sandbox says of its output may be any number, again and again.
         self.position = min(self.position + byte_count, _MAX_POSITION)
 
-    def _cut_tail(self) -> None:
-        """Leave out the oldest bytes of the tail that are too many."""
+    def _drop_oldest(self) -> None:
+        """Leave out the parts of the tail that are too many."""
         tail = self._tail
-        while (excess := self._tail_bytes - self._tail_size) > 0 or len(tail) > self._max_parts:
+        while (
+            len(tail) > self._max_parts
+            or self._tail_bytes - len(tail[0].output.data) >= self._tail_size
+        ):
+            self._tail_bytes -= len(tail.popleft().output.data)
             self._is_cut = True
-            first = tail.popleft()
-            data = first.output.data
-            if len(data) > excess > 0:
-                rest = replace(first.output, data=data[excess:])
-                tail.appendleft(_Part(first.offset + excess, rest))
-                data = data[:excess]
-            self._tail_bytes -= len(data)
+
+    def _cut_tail(self) -> None:
+        """Leave out what is still too much: a piece of the oldest part."""
+        excess = self._tail_bytes - self._tail_size
+        if excess > 0:
+            first = self._tail.popleft()
+            rest = replace(first.output, data=first.output.data[excess:])
+            self._tail.appendleft(_Part(first.offset + excess, rest))
+            self._tail_bytes -= excess
+            self._is_cut = True
 
     def _wake(self) -> None:
         grown, self._grown = self._grown, asyncio.Event()

@@ -179,8 +179,14 @@ class Disks:
         if counting is None:
             counting = asyncio.ensure_future(self._count(env))
             self._counting[env] = counting
-            counting.add_done_callback(lambda _: self._counting.pop(env, None))
+            counting.add_done_callback(lambda done: self._end_count(env, done))
         return await asyncio.shield(counting)
+
+    def _end_count(self, env: str, done: asyncio.Future[Usage]) -> None:
+        del self._counting[env]
+        if not done.cancelled():
+            # Whoever asked may have left.
+            done.exception()
 
     async def _count(self, env: str) -> Usage:
         async with self._alone(env):
@@ -341,10 +347,13 @@ class Disks:
             self._appear(env, self._new().make)
 
     def _fork(self, source: str, env: str) -> None:
-        if (self._home / env).is_dir():
-            return
+        if not (self._home / env).is_dir():
+            self._at(source)
+            self._check_host()
+            self._copy(source, env)
+
+    def _copy(self, source: str, env: str) -> None:
         old = self._at(source)
-        self._check_host()
         kind = self._of(old)
         mark = f"settling.{source}.{_boot()}"
 
@@ -381,7 +390,7 @@ class Disks:
         self._delete(env)
         if (self._home / source).is_dir():
             self._settle_or_redo(source)
-            self._fork(source, env)
+            self._copy(source, env)
 
     def _appear(self, env: str, make: Callable[[Path], None]) -> None:
         """All of it, or nothing."""

@@ -8,7 +8,6 @@ from openinteractions.sandbox import mounts
 from openinteractions.sandbox.disks import tree
 from openinteractions.sandbox.disks.image import TREE, layout
 
-
 _TOLERANCE: Final = 1.1
 """What is only watched may be over its bound by so much."""
 _MANY: Final = 2**17

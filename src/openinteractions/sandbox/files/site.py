@@ -6,7 +6,7 @@ import os
 import stat
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +16,7 @@ from openinteractions.sandbox.files.beneath import closing, is_there, locate, op
 from openinteractions.sandbox.files.entries import described, entry_at
 from openinteractions.sandbox.files.paths import Parts, shown
 from openinteractions.sandbox.files.problems import exists, explained
+from openinteractions.sandbox.files.quota import Boundless, Quota
 from openinteractions.sandbox.files.threads import Halt
 from openinteractions.sandbox.port import Entry
 
@@ -23,6 +24,8 @@ _FOLDER_MODE: Final = 0o755
 _FILE_MODE: Final = 0o644
 _PERMISSIONS: Final = 0o777
 _HEAD_BYTES: Final = 1024
+FOLDER_BYTES: Final = 4096
+"""What a new folder takes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +37,7 @@ class Site:
     gid: int
     environment: str = ""
     """Its id, for messages."""
+    quota: Quota = field(default_factory=Boundless)
 
     @property
     def disk(self) -> Path:
@@ -130,6 +134,7 @@ class Site:
             os.close(here)
 
     def _child(self, folder: int, place: int, name: bytes) -> int:
+        self.quota.spend(FOLDER_BYTES)
         made = staging.make_folder(place, _FOLDER_MODE, self.uid, self.gid)
         try:
             kernel.rename_new(place, made, folder, name)

@@ -13,7 +13,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
@@ -26,6 +26,7 @@ from openinteractions.sandbox.files.listing import Page, Usage, Window, page, us
 from openinteractions.sandbox.files.pack import Packer
 from openinteractions.sandbox.files.paths import Parts, for_writing, parse, shown
 from openinteractions.sandbox.files.problems import explained
+from openinteractions.sandbox.files.quota import Boundless, Quota
 from openinteractions.sandbox.files.site import Site
 from openinteractions.sandbox.files.streams import pour, write_chunks
 from openinteractions.sandbox.files.tarball import Limits, Tarball
@@ -60,7 +61,13 @@ class Tree:
     """
 
     def __init__(
-        self, root: Path, *, uid: int = UID, gid: int = UID, environment: str = ""
+        self,
+        root: Path,
+        *,
+        uid: int = UID,
+        gid: int = UID,
+        environment: str = "",
+        quota: Quota | None = None,
     ) -> None:
         """Nothing is opened.
 
@@ -69,12 +76,15 @@ class Tree:
             uid: Whose everything is that is written.
             gid: The same, its group.
             environment: The id to name in messages.
+            quota: What may be written, where the disk does not bound it.
 
         Raises:
             SetupError: This kernel cannot keep paths inside a folder.
         """
         kernel.require()
-        self._site = Site(root=root, uid=uid, gid=gid, environment=environment)
+        self._site = Site(
+            root=root, uid=uid, gid=gid, environment=environment, quota=quota or Boundless()
+        )
 
     async def stat(self, path: str) -> Entry:
         """The entry of a file, folder, or link that leads to neither."""
@@ -319,14 +329,17 @@ class _Staged:
     name: bytes
     parts: Parts
     """Where it is to go."""
+    quota: Quota = field(default_factory=Boundless)
 
     def open(self, site: Site) -> None:
+        self.quota = site.quota
         with site.explained(self.parts):
             self.place = staging.open_staging(site.disk)
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             self.fd = os.open(self.name, flags, _PRIVATE, dir_fd=self.place)
 
     def write(self, chunks: Sequence[bytes]) -> None:
+        self.quota.spend(sum(map(len, chunks)))
         with explained(self.parts):
             write_chunks(self.fd, chunks)
 

@@ -27,7 +27,7 @@ from openinteractions.sandbox.files.paths import (
     shown,
 )
 from openinteractions.sandbox.files.problems import exists, explained
-from openinteractions.sandbox.files.site import Site
+from openinteractions.sandbox.files.site import FOLDER_BYTES, Site
 from openinteractions.sandbox.files.streams import write_all
 from openinteractions.sandbox.files.tarball import Limits, Member, Tarball
 from openinteractions.sandbox.files.threads import Halt
@@ -87,9 +87,7 @@ class _Made:
     def all(self, tarball: Tarball) -> None:
         """Make everything."""
         for member in tarball.members():
-            self._count += 1
-            if self._count > self._limits.max_members:
-                raise TooLarge(f"The archive has more than {self._limits.max_members} members.")
+            self._count_one()
             self._bytes += member.size
             if self._bytes > self._limits.max_bytes:
                 raise TooLarge(f"The archive holds more than {self._limits.max_bytes} bytes.")
@@ -100,6 +98,13 @@ class _Made:
             self._halt.check()
             with explained((*self._target, *parts)), self._clashes(b"/".join(parts)):
                 self._symlink(parts, link)
+
+    def _count_one(self) -> None:
+        """One more member, or a folder that none is, but that one lies in."""
+        self._count += 1
+        if self._count > self._limits.max_members:
+            most = self._limits.max_members
+            raise TooLarge(f"The archive has more than {most} members, the folders above included.")
 
     def entries(self, root: int) -> list[Entry]:
         """What of it is in the tree now, by path."""
@@ -165,6 +170,10 @@ class _Made:
         while parts[:depth] not in self._folders:
             depth -= 1
         for size in range(depth + 1, len(parts) + 1):
+            if size < len(parts) or mode is None:
+                self._count_one()
+            self._halt.check()
+            self._site.quota.spend(FOLDER_BYTES)
             os.mkdir(b"/".join(parts[:size]), _OWNER_ENTERS, dir_fd=self._base)
             self._folders.add(parts[:size])
             self._own_folder(parts[:size], _FOLDER_MODE)
@@ -191,6 +200,7 @@ class _Made:
             head = b""
             for piece in tarball.data():
                 head = head or piece[:_HEAD_BYTES]
+                self._site.quota.spend(len(piece))
                 write_all(fd, piece)
             os.fchown(fd, self._site.uid, self._site.gid)
             os.fchmod(fd, (member.mode & _PERMISSIONS) | _OWNER_MAY)

@@ -72,6 +72,7 @@ class Part:
                 raise Invalid(
                     f"The bytes from offset {self._at} on are not those that arrived before."
                 )
+            self._site.quota.spend(len(piece) - len(known))
             os.lseek(self.fd, self._at + len(known), os.SEEK_SET)
             write_all(self.fd, memoryview(piece)[len(known) :])
         self._at += len(piece)
