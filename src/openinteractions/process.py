@@ -179,6 +179,7 @@ def _rules(settings: SandboxSettings) -> Rules:
         ceiling=Reach(settings.ceiling.mode, settings.ceiling.domains),
         skills_dir=settings.skills_dir,
         gcs_url=settings.gcs_url,
+        max_environments=settings.max_environments,
     )
 
 

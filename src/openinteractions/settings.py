@@ -240,6 +240,8 @@ class SandboxSettings(_Group):
     """An environment's sandbox stops after so long without use; its files stay."""
     ttl: Duration = timedelta(days=7)
     """An environment is deleted after so long without use."""
+    max_environments: int = Field(default=1000, ge=1)
+    """Environments of one project; those that expired or were deleted do not count."""
     log_retention: Duration = timedelta(days=7)
     """How long egress decisions and executions are kept."""
     network: NetworkPolicy = Field(default_factory=NetworkPolicy)

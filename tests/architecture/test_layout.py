@@ -147,4 +147,4 @@ def test_every_error_has_a_code_of_its_own():
 
 def test_request_errors_are_the_callers_or_ask_to_retry():
     for kind in all_errors(errors.RequestError):
-        assert 400 <= kind.status < 500 or kind is errors.Unready
+        assert 400 <= kind.status < 500 or issubclass(kind, errors.Unready)

@@ -3,11 +3,17 @@
 import asyncio
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 
 from openinteractions import ids
-from openinteractions.errors import Conflict, NotFound
+from openinteractions.broker import executions, store
+from openinteractions.broker.executions import Bounds, Executions
+from openinteractions.broker.house import Slot
+from openinteractions.broker.live import Live
+from openinteractions.broker.tasks import Tasks
+from openinteractions.errors import Conflict, NotFound, TooMany
 from openinteractions.sandbox.port import Exit, SandboxError
 from tests.broker.stage import Ran
 from tests.sandbox.engine import docker
@@ -271,6 +277,176 @@ async def test_what_the_sandbox_refuses_is_not_written_down(broker):
     with pytest.raises(SandboxError):
         await broker.run(env, command)
     assert await rows(broker, env) == []
+
+
+async def test_a_reader_gets_no_more_than_the_bound_however_fast_it_is(broker):
+    env = await broker.environment()
+    ran = await broker.run(env, broker.shell("timeout 3 yes", max_output_bytes=49152))
+    assert ran.exit.truncated
+    assert ran.exit.output_bytes > 1 << 20
+    assert len(ran.out) == 49152
+    assert len(ran.out) + ran.omitted == ran.exit.output_bytes
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="stopping a process of another user needs root")
+async def test_what_does_not_die_when_killed_goes_with_its_sandbox(broker):
+    env = await broker.environment()
+    command = broker.shell(COUNT + "sleep 300")
+    running = asyncio.ensure_future(broker.run(env, command))
+    await until_running(broker, env, command.id)
+    container = broker.container(env)
+    # From inside, the first process of a sandbox cannot be stopped.
+    os.kill(int(docker("inspect", "--format", "{{.State.Pid}}", container).stdout), signal.SIGSTOP)
+    killing = asyncio.ensure_future(broker.client.kill(broker.address, env, command.id, epoch=2))
+    ran = await asyncio.wait_for(running, 20)
+    assert (ran.exit.outcome, ran.exit.signal, ran.exit.timed_out) == ("killed", 9, False)
+    await asyncio.wait_for(killing, 20)
+    assert broker.container(env) != container
+    assert broker.events("environment.stopped")[-1]["why"] == "a command did not end"
+    assert await broker.sh(env, "cat count") == "x\n"
+
+
+async def test_what_runs_for_an_interaction_that_has_ended_is_killed(broker):
+    env = await broker.environment()
+    runs = {}
+    for status in ("in_progress", "cancelled", "deleted", None):
+        key = ids.uuid7()
+        if status is not None:
+            await broker.fetch(
+                "insert into interactions (id, project_id, segment_id, depth, status) "
+                "values ($1, $2, $1, 0, 'in_progress')",
+                key,
+                broker.project_id,
+            )
+        command = broker.shell("sleep 300", id=f"{key.hex}.1")
+        runs[status] = asyncio.ensure_future(broker.run(env, command))
+        await until_running(broker, env, command.id)
+        if status == "cancelled":
+            await broker.fetch("update interactions set status = $2 where id = $1", key, status)
+        elif status == "deleted":
+            await broker.fetch("update interactions set deleted_at = now() where id = $1", key)
+    ended = await asyncio.wait_for(asyncio.gather(runs["cancelled"], runs["deleted"]), 30)
+    assert [ran.exit.outcome for ran in ended] == ["killed", "killed"]
+    # One that is not stored has no row.
+    assert not runs["in_progress"].done()
+    assert not runs[None].done()
+    await broker.client.stop(broker.address, env)
+    await asyncio.gather(*runs.values())
+
+
+class Mute:
+    """A pipe whose other side says what it likes, or nothing."""
+
+    def __init__(self, error=None):
+        self.lost, self.error = asyncio.Event(), error
+        self.killed = []
+
+    async def follow(self, name, offset):
+        if self.error is not None:
+            raise self.error
+        await asyncio.Event().wait()
+        yield
+
+    async def kill(self, name):
+        self.killed.append(name)
+        await asyncio.Event().wait()
+
+    async def forget(self, name):
+        raise self.error or ConnectionResetError
+
+
+class Follower:
+    """Executions of a house with one sandbox; keeps what was stored, and whether it was stopped."""
+
+    def __init__(self, monkeypatch, error=None):
+        self.stored, self.stops = {}, []
+        monkeypatch.setattr(store, "end", self.end)
+        self.tasks = Tasks()
+        self.slot = Slot(ids.uuid7())
+        live = Live(self.slot.id, ids.uuid7(), "ref", Mute(error), None)
+        self.slot.live = self.live = live
+        parts = SimpleNamespace(database=None, tasks=self.tasks)
+        self.executions = Executions(
+            SimpleNamespace(parts=parts, stop=self.stop, slot=lambda _: self.slot)
+        )
+
+    async def end(self, database, environment_id, name, *, fields, output):
+        self.stored[name] = fields
+
+    async def stop(self, environment_id, why):
+        self.stops.append(environment_id)
+        self.slot.live = None
+        self.live.pipe.lost.set()
+
+    def follow(self, name, **bounds):
+        return self.executions.follow(self.slot, self.live, name, 1, Bounds(**bounds))
+
+
+async def test_a_time_limit_holds_whatever_the_sandbox_does(monkeypatch):
+    monkeypatch.setattr(executions, "_GRACE_S", 0.1)
+    house = Follower(monkeypatch)
+    async with house.tasks.running():
+        running = house.follow("x.1", timeout_s=0.1)
+        await asyncio.wait_for(running.task, 5)
+    ended = house.stored["x.1"]
+    assert (ended["outcome"], ended["timed_out"]) == ("killed", True)
+    assert running.record.exit.timed_out
+    assert house.stops == [house.slot.id]
+    assert not house.slot.running
+
+
+async def test_a_kill_holds_whatever_the_sandbox_does(monkeypatch):
+    monkeypatch.setattr(executions, "_KILL_GRACE_S", 0.1)
+    house = Follower(monkeypatch)
+    async with house.tasks.running():
+        running = house.follow("x.1")
+        killing = asyncio.ensure_future(
+            house.executions.signal(house.slot.id, "x.1", 9, epoch=None)
+        )
+        await asyncio.wait_for(running.task, 5)
+        killing.cancel()
+    assert house.live.pipe.killed == ["x.1"]
+    assert house.stored["x.1"]["outcome"] == "killed"
+    assert not house.stored["x.1"]["timed_out"]
+    assert house.stops == [house.slot.id]
+
+
+@pytest.mark.parametrize(
+    "error", [TooMany("busy"), TypeError("a list"), OverflowError(), RecursionError()]
+)
+async def test_an_answer_that_nobody_foresaw_is_an_unknown_end(monkeypatch, error):
+    house = Follower(monkeypatch, error)
+    async with house.tasks.running():
+        running = house.follow("x.1")
+        await asyncio.wait_for(running.task, 5)
+    assert house.stored["x.1"]["outcome"] == running.record.exit.outcome == "unknown"
+    assert house.stops == [house.slot.id]
+    assert not house.slot.running
+
+
+async def test_a_cell_has_its_time_after_those_before_it(monkeypatch):
+    house = Follower(monkeypatch)
+    async with house.tasks.running():
+        now = asyncio.get_running_loop().time()
+        first = house.follow("x.1", timeout_s=600, session="a")
+        second = house.follow("x.2", timeout_s=600, session="a")
+        other = house.follow("x.3", timeout_s=600, session="b")
+        plain = house.follow("x.4", timeout_s=600)
+        endless = house.follow("x.5")
+        ends = [round(each.ends_by - now) for each in (first, second, other, plain, endless)]
+        await asyncio.sleep(0)
+    assert ends == [630, 1260, 630, 630, 86430]
+
+
+async def test_a_follower_that_is_cut_off_by_the_brokers_end_stores_nothing(monkeypatch):
+    house = Follower(monkeypatch)
+    async with house.tasks.running():
+        house.follow("x.1")
+        await asyncio.sleep(0.05)
+    assert not house.stored
+    assert not house.stops
+    # So the next broker finds the sandbox at work.
+    assert list(house.slot.running) == ["x.1"]
 
 
 async def until_running(stage, env, name):

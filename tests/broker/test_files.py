@@ -13,11 +13,12 @@ import pytest
 from aiohttp import web
 from yarl import URL
 
-from openinteractions.broker import errors
+from openinteractions.broker import errors, files
 from openinteractions.broker.files import add_file_routes
 from openinteractions.errors import Conflict, Invalid, NotFound, TooLarge, Unready
 from openinteractions.sandbox.client import BrokerClient
 from openinteractions.sandbox.files.tree import Tree
+from tests.broker.test_life import eventually
 from tests.sandbox.trees import OWNER, archive, member, plant, stream, unpacked
 
 ENV = UUID(int=1)
@@ -333,3 +334,37 @@ async def test_many_at_once(http, broker):
         for number in range(40):
             group.create_task(one(number))
     assert await broker.settled()
+
+
+async def begun(broker: Broker, query: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A download of which nothing was read."""
+    reader, writer = await asyncio.open_unix_connection(broker.socket, limit=2**12)
+    request = f"GET /v1/environments/{ENV.hex}/files/workspace?{query} HTTP/1.1\r\nHost: b\r\n\r\n"
+    writer.write(request.replace("workspace?op=read", "workspace/big?op=read").encode())
+    await writer.drain()
+    return reader, writer
+
+
+@pytest.mark.parametrize("query", ["op=read", "op=tar&recursive=true"])
+async def test_a_download_that_nobody_reads_is_broken_off(broker, monkeypatch, query):
+    (broker.workspace / "big").write_bytes(bytes(8 << 20))
+    monkeypatch.setattr(files, "_STALL_S", 0.2)
+    reader, writer = await begun(broker, query)
+    for is_open in (True, False):
+        await eventually(lambda wanted=is_open: bool(broker.opened) is wanted, within_s=5)
+    with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+        await reader.readexactly(8 << 20)
+    writer.close()
+
+
+async def test_a_download_that_is_read_slowly_goes_on(broker, monkeypatch):
+    (broker.workspace / "big").write_bytes(bytes(1 << 20))
+    monkeypatch.setattr(files, "_STALL_S", 0.2)
+    reader, writer = await begun(broker, "op=read")
+    got = 0
+    # Each piece that is sent takes longer than a reader may pause.
+    while got < 1 << 20:
+        got += len(await reader.read(1 << 15))
+        await asyncio.sleep(0.05)
+    assert got >= 1 << 20
+    writer.close()

@@ -195,17 +195,26 @@ async def test_a_new_broker_takes_over_what_runs_and_removes_what_is_nobodys(bro
     assert broker.container(kept) == container
 
 
-async def test_a_stopped_broker_lets_its_sandboxes_live(broker):
-    env = await broker.environment()
-    await broker.sh(env, "true")
-    container = broker.container(env)
+async def test_a_stopped_broker_lets_live_what_works_and_stops_the_rest(broker):
+    at_work, idling = await broker.environment(), await broker.environment()
+    await broker.sh(idling, "echo kept > a")
+    running = asyncio.ensure_future(
+        broker.run(at_work, broker.shell("echo begun; while [ ! -e go ]; do sleep 0.1; done"))
+    )
+    await eventually(lambda: busy(broker, at_work))
+    container = broker.container(at_work)
     assert await broker.fetch("select 1 from brokers where name = $1", broker.name)
     assert await broker.stop() == 0
     assert not await broker.fetch("select 1 from brokers where name = $1", broker.name)
-    assert broker.container(env) == container
+    assert broker.container(at_work) == container
+    assert broker.container(idling) is None
     await broker.start()
-    await broker.sh(env, "true")
-    assert broker.container(env) == container
+    assert broker.events("environment.adopted")[-1]["environment_id"] == at_work.hex
+    await write(broker, at_work, "workspace/go", b"")
+    ran = await asyncio.wait_for(running, 30)
+    assert (ran.out, ran.exit.code) == (b"begun\n", 0)
+    assert broker.container(at_work) == container
+    assert await broker.sh(idling, "cat a") == "kept\n"
 
 
 async def test_two_brokers_cannot_have_one_name_or_one_folder(broker, tmp_path):

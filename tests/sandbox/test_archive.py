@@ -425,3 +425,33 @@ async def test_a_crafted_header_is_refused(tree, tmp_path, content):
         await extract(tree, "workspace", content + bytes(10_240))
     assert isinstance(caught.value, Invalid | TooLarge)
     assert await nothing_happened(tree, tmp_path)
+
+
+async def test_folders_above_members_count_as_members(tree, tmp_path):
+    """Ten kilobytes of archive must not become two hundred thousand folders."""
+    deep = "/".join("a" * 90)
+    content = archive(
+        *[member(f"{number}/{deep}/f") for number in range(1200)],
+        mode="w:gz",
+        form=tarfile.GNU_FORMAT,
+    )
+    assert len(content) < 20_000
+    with pytest.raises(TooLarge, match="members"):
+        await extract(tree, "workspace/x", content)
+    assert await nothing_happened(tree, tmp_path)
+
+
+async def test_a_folder_counts_once(tree, tmp_path):
+    content = archive(*[folder("a"), folder("a/b")], *[member(f"a/b/{n}") for n in range(8)])
+    site = Site(root=tmp_path / "root", uid=OWNER, gid=OWNER)
+
+    def unpack_with(most: int, target: bytes) -> int:
+        limits = Limits(max_bytes=LARGE, max_members=most)
+        tarball = Tarball(io.BytesIO(content), limits, Halt())
+        where = (b"workspace", target)
+        halt = Halt()
+        return len(unpack(site, tarball, where, limits=limits, overwrite=False, halt=halt))
+
+    assert unpack_with(10, b"x") == 10
+    with pytest.raises(TooLarge):
+        unpack_with(9, b"y")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from openinteractions.errors import SetupError, Unready
+from openinteractions.errors import SetupError, TooLarge, Unready
 from openinteractions.sandbox import disk, mounts
 from openinteractions.sandbox.disk import Disks
 from openinteractions.sandbox.disks import image, tree
@@ -343,15 +343,15 @@ async def test_a_folder_copy_reads_through_no_link_that_appears_meanwhile(
     (tmp_path / "secret").mkdir()
     (tmp_path / "secret/key").write_text("the machine's")
     (root / "workspace/sub").mkdir()
-    copy_entry = tree._copy_entry
+    copy_entry = tree._Copier._entry
 
-    def swapped(entry, old, new, depth):
+    def swapped(self, entry, *rest):
         if entry.name == "sub" and entry.is_dir(follow_symlinks=False):
             (root / "workspace/sub").rmdir()
             (root / "workspace/sub").symlink_to(tmp_path / "secret")
-        copy_entry(entry, old, new, depth)
+        copy_entry(self, entry, *rest)
 
-    monkeypatch.setattr(tree, "_copy_entry", swapped)
+    monkeypatch.setattr(tree._Copier, "_entry", swapped)
     with contextlib.suppress(SandboxError):
         await disks.fork(A, B)
         found = await disks.open(B)
@@ -551,7 +551,7 @@ async def test_a_full_machine_is_reported_and_refuses_new_disks(tmp_path):
                 file.write(bytes(2**16))
                 file.flush()
         assert any("is free" in problem for problem in await disks.problems())
-        with pytest.raises(Unready, match="disk is full"):
+        with pytest.raises(Unready, match="nearly full"):
             await disks.ensure(B)
         assert list(await disks.list()) == [A]
         await disks.close()
@@ -572,3 +572,129 @@ async def test_many_at_once(images):
     assert [(root / "workspace/name").read_text() for root in roots] == envs
     await asyncio.gather(*(images.delete(env) for env in envs))
     assert time.monotonic() - began < 30
+
+
+@pytest.fixture
+async def folders(folder) -> AsyncGenerator[Disks]:
+    disks = await opened(folder, "folder")
+    yield disks
+    await disks.close()
+
+
+async def test_a_file_with_many_names_is_copied_once(folders):
+    root = await made(folders, A)
+    (root / "workspace/deep").mkdir()
+    (root / "workspace/a").write_bytes(bytes(range(256)) * 4096 * 4)
+    for number in range(50):
+        place = root / "workspace" / ("deep" if number % 2 else "")
+        os.link(root / "workspace/a", place / f"name-{number}")
+    await folders.fork(A, B)
+    copied = await folders.open(B)
+    names = [path for path in (copied / "workspace").rglob("*") if path.is_file()]
+    assert len(names) == 51
+    assert {path.stat().st_ino for path in names} == {names[0].stat().st_ino}
+    assert names[0].read_bytes() == (root / "workspace/a").read_bytes()
+    assert await folders.room(B) > SIZE // 2
+
+
+async def test_what_is_over_its_bound_is_not_copied(folders):
+    root = await made(folders, A)
+    (root / "workspace/a").write_bytes(b"x" * (SIZE * 12 // 10))
+    with pytest.raises(TooLarge, match=str(SIZE)):
+        await folders.fork(A, B)
+    assert list(await folders.list()) == [A]
+
+
+async def test_names_take_room_too_and_depth_hides_nothing(folders):
+    root = await made(folders, A)
+    for number in range(1000):
+        (root / "workspace" / str(number)).touch()
+    assert await folders.room(A) <= SIZE - 1000 * 4096
+    assert await folders.room(A) > 0
+    await made(folders, B)
+    place = await folders.open(B) / "workspace"
+    (place / "/".join("d" * 210)).mkdir(parents=True)
+    assert await folders.room(B) < 0
+
+
+async def test_looking_ends_once_it_is_known_to_be_too_much(folders):
+    root = await made(folders, A)
+    for number in range(2000):
+        (root / "workspace" / str(number)).touch()
+    found = await folders.fill(A, most=100 * 4096)
+    assert found is not None
+    assert 100 * 4096 < found.charged < 150 * 4096
+    whole = await folders.fill(A)
+    assert whole is not None
+    assert whole.charged >= 2000 * 4096
+    assert (whole.size, whole.hard_size) == (SIZE, SIZE * 11 // 10)
+
+
+@needs_root
+async def test_an_images_file_system_bounds_it(images):
+    await images.ensure(A)
+    assert await images.fill(A) is None
+
+
+async def test_no_disk_is_made_on_a_machine_that_is_nearly_full(disks, monkeypatch):
+    root = await made(disks, A)
+    (root / "workspace/a").write_text("kept")
+    real = os.statvfs
+
+    def low(path):
+        found = real(path)
+        if str(path).endswith("/environments"):
+            return os.statvfs_result((4096, 4096, 1000, 50, 49, *tuple(found)[5:]))
+        return found
+
+    monkeypatch.setattr(disk.os, "statvfs", low)
+    for call in (disks.ensure(B), disks.fork(A, B)):
+        with pytest.raises(Unready, match="nearly full"):
+            await call
+    assert list(await disks.list()) == [A]
+    # What is there goes on.
+    await disks.ensure(A)
+    assert (await disks.open(A) / "workspace/a").read_text() == "kept"
+
+
+async def test_a_copy_has_nothing_that_was_half_done(disks):
+    root = await made(disks, A)
+    for name in ("uploads", "staging"):
+        (root.parent / name).mkdir(exist_ok=True)
+        (root.parent / name / "half").write_bytes(b"x" * 1000)
+    (root.parent / "staging/trash.1/deep").mkdir(parents=True)
+    await disks.fork(A, B)
+    copied = (await disks.open(B)).parent
+    left = [path for name in ("uploads", "staging") for path in (copied / name).glob("*")]
+    assert left == []
+    assert (root.parent / "uploads/half").exists()
+
+
+async def test_counting_has_a_deadline_and_says_what_it_knows(disks, monkeypatch):
+    root = await made(disks, A)
+    for number in range(300):
+        (root / "workspace" / str(number)).write_text("abc")
+    monkeypatch.setattr(disk, "_COUNT_S", -1.0)
+    assert (await disks.usage(A)).file_count < 300
+    monkeypatch.setattr(disk, "_COUNT_S", 10.0)
+    assert (await disks.usage(A)).file_count == 300
+    (root / "workspace/another").write_text("abc")
+    monkeypatch.setattr(disk, "_COUNT_S", -1.0)
+    assert (await disks.usage(A)).file_count == 300
+
+
+async def test_one_environment_is_counted_once_at_a_time(disks, monkeypatch):
+    await made(disks, A)
+    measure, calls = tree.measure, []
+
+    def slow(*arguments):
+        calls.append(1)
+        time.sleep(0.2)
+        return measure(*arguments)
+
+    monkeypatch.setattr(tree, "measure", slow)
+    found = await asyncio.gather(*(disks.usage(A) for _ in range(5)))
+    assert [usage.file_count for usage in found] == [0] * 5
+    assert len(calls) == 1
+    await disks.usage(A)
+    assert len(calls) == 2

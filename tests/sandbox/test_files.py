@@ -13,8 +13,20 @@ from hypothesis import strategies as st
 
 from openinteractions.errors import Conflict, Invalid, NotFound, TooLarge
 from openinteractions.sandbox.files import paths
+from openinteractions.sandbox.files.quota import Quota
 from openinteractions.sandbox.files.tree import Changed, Tree
-from tests.sandbox.trees import OWNER, descriptors, names, plant, plant_odd_name, read, stream
+from tests.sandbox.trees import (
+    OWNER,
+    archive,
+    descriptors,
+    folder,
+    member,
+    names,
+    plant,
+    plant_odd_name,
+    read,
+    stream,
+)
 
 
 @pytest.fixture
@@ -621,3 +633,65 @@ async def test_an_uploads_id_is_no_path(tree, upload):
         await tree.append(upload, 0, stream(b"x"))
     with pytest.raises(Invalid):
         await tree.upload_size(upload)
+
+
+# Where the file system does not bound the size.
+
+
+def bounded(tmp_path: Path, size: int, used: int = 0) -> tuple[Tree, Quota]:
+    quota = Quota()
+    quota.measured(used, size, spent_before=0)
+    plant(tmp_path)
+    return Tree(tmp_path / "root", uid=OWNER, gid=OWNER, quota=quota), quota
+
+
+async def test_what_does_not_fit_is_refused_however_it_comes(tmp_path):
+    tree, quota = bounded(tmp_path, 100_000)
+    piece = b"x" * 40_000
+    await tree.write("workspace/a", stream(piece))
+    assert await tree.append("one", 0, stream(piece)) == 40_000
+    # Bytes that are there already cost nothing.
+    assert await tree.append("one", 0, stream(piece)) == 40_000
+    assert quota.used == 80_000
+    with pytest.raises(TooLarge, match="may hold 100000 bytes"):
+        await tree.write("workspace/b", stream(piece))
+    with pytest.raises(TooLarge, match="disk is full"):
+        await tree.append("one", 40_000, stream(piece))
+    with pytest.raises(TooLarge, match="disk is full"):
+        await tree.extract("workspace/c", stream(archive(member("f", piece))), max_bytes=10**9)
+    assert await names(tree, "workspace") == ["workspace/a"]
+    assert list((tmp_path / "staging").iterdir()) == []
+    assert (await tree.commit("one", "workspace/b")).size_bytes == 40_000
+
+
+async def test_what_an_archive_holds_counts_as_well_as_itself(tmp_path):
+    tree, _ = bounded(tmp_path, 300_000)
+    content = archive(member("f", bytes(400_000)), mode="w:gz")
+    assert len(content) < 10_000
+    with pytest.raises(TooLarge, match="disk is full"):
+        await tree.extract("workspace/c", stream(content), max_bytes=10**9)
+    folders = archive(*[folder(f"d{number}") for number in range(100)], mode="w:gz")
+    with pytest.raises(TooLarge, match="disk is full"):
+        await tree.extract("workspace/c", stream(folders), max_bytes=10**9)
+    assert await names(tree, "workspace") == []
+
+
+async def test_nothing_is_taken_in_where_there_is_no_room_but_files_can_be_deleted(tmp_path):
+    tree, _ = bounded(tmp_path, 1000, used=1001)
+    (tmp_path / "root/workspace/a").write_text("hello")
+
+    async def untouched():
+        raise AssertionError("the body was read")
+        yield b""
+
+    for call in (
+        tree.write("workspace/b", untouched()),
+        tree.append("one", 0, untouched()),
+        tree.extract("workspace/c", untouched(), max_bytes=10**9),
+        tree.mkdir("workspace/d"),
+    ):
+        with pytest.raises(TooLarge):
+            await call
+    assert await read(tree, "workspace/a") == b"hello"
+    await tree.delete("workspace/a")
+    assert await names(tree, "workspace") == []

@@ -312,11 +312,11 @@ class Hostile:
 
 
 @asynccontextmanager
-async def besieged(on_open=serve):
+async def besieged(on_open=serve, kinds=None):
     left, right = socket.socketpair()
     with left, right:
         near, peer = End(left), Hostile(right)
-        host = Mux(near.read, near.write, True, on_open)
+        host = Mux(near.read, near.write, True, on_open, kinds)
         starting = asyncio.ensure_future(host.start())
         await peer.greet()
         await starting
@@ -332,6 +332,67 @@ async def test_a_peer_cannot_open_endless_streams():
             await peer.send(OPEN, number, json.dumps(["idle", {}]).encode())
         await asyncio.sleep(0.1)
         assert host.stream_count == host._visitors == MAX_STREAMS
+
+
+async def test_streams_of_a_kind_that_nobody_serves_are_refused_at_once():
+    visited = []
+
+    async def visit(stream):
+        visited.append(stream.kind)
+
+    async with besieged(visit, kinds={"proxy"}) as (host, peer):
+        for number in range(2, 60_000, 2):
+            await peer.send(OPEN, number, b'["other", {}]')
+        await peer.send(OPEN, 2, b'["proxy", {}]')
+        await asyncio.sleep(0.1)
+        assert visited == ["proxy"]
+        assert len(host._control) <= muxes._MAX_CONTROL
+        assert len(host._ready) <= 1
+        assert not host.lost.is_set()
+
+
+async def test_a_peer_that_opens_streams_and_reads_nothing_is_given_up():
+    async def visit(stream):
+        """Over at once."""
+
+    async with besieged(visit) as (host, peer):
+        for number in range(2, 200_000, 2):
+            writing = asyncio.ensure_future(peer.send(OPEN, number, b'["proxy", {}]'))
+            await asyncio.wait([writing], timeout=0.5)
+            writing.cancel()
+            if host.lost.is_set():
+                break
+        assert "does not read" in host.why
+        assert not host._ready
+
+
+@pytest.mark.parametrize("is_reader", [True, False])
+async def test_a_reader_or_writer_that_breaks_loses_the_pipe(is_reader, monkeypatch):
+    def broken(*_):
+        raise OverflowError("on purpose")
+
+    async with pair() as (host, _, _, _):
+        stream = await host.open("idle")
+        reading = asyncio.ensure_future(stream.read())
+        monkeypatch.setattr(host, "_receive" if is_reader else "_batch", broken)
+        with pytest.raises(ConnectionError):
+            await ask(host, b"x")
+        with pytest.raises(ConnectionError):
+            await asyncio.wait_for(reading, 5)
+        assert "on purpose" in host.why
+
+
+async def test_a_peer_that_sends_without_asking_does_not_break_the_writer():
+    async with besieged() as (host, peer):
+        await peer.send(OPEN, 2, b'["idle", {}]')
+        await asyncio.sleep(0.05)
+        (stream,) = host._streams.values()
+        # As if 8 GiB had been read since it last took note.
+        stream.grant = 8 << 30
+        host.tell_window(stream)
+        await asyncio.sleep(0.05)
+        assert not host.lost.is_set()
+        assert stream.grant == 0
 
 
 async def test_a_peer_that_sends_more_than_allowed_is_cut_off():

@@ -32,6 +32,9 @@ from tests.sandbox.pipes import (
     supervisor,
 )
 
+HUGE = b"1" + b"0" * 400
+DEEP = b"[" * 900 + b"]" * 900
+
 
 def alive(needle: str) -> list[int]:
     """Processes with this text in their command line."""
@@ -430,6 +433,43 @@ async def test_a_session_that_is_stopped_is_fresh_next_time(how):
         assert (out, end.is_fresh_session) == (b"False\n", True)
 
 
+FORGE = """
+import os, socket
+for name in os.listdir("/proc/self/fd"):
+    try:
+        channel = socket.socket(fileno=int(name))
+    except OSError:
+        continue
+    answer = {answer!r}
+    channel.sendall(len(answer).to_bytes(4, "big") + answer)
+    channel.detach()
+"""
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b'{"code": 0, "max_rss_bytes": NaN}',
+        b'{"code": 0, "cpu_s": -1e999, "max_rss_bytes": 1e999}',
+        b'{"code": 0, "max_rss_bytes": %b}' % HUGE,
+        b'{"code": %b, "cpu_s": %b}' % (HUGE, HUGE),
+        b"[" * 60_000,
+        b"\xff",
+        b"{}",
+    ],
+)
+async def test_code_that_answers_for_its_interpreter_harms_only_itself(answer):
+    async with supervisor() as pipe:
+        forge = command([FORGE.format(answer=answer)], session="s", timeout_s=5)
+        assert await pipe.start(forge)
+        _, _, end = await asyncio.wait_for(collect(pipe, forge.id), 20)
+        assert end.outcome in {"exited", "killed"}
+        assert end.cpu_s < 1
+        assert end.max_rss_bytes == 0
+        out, _, end = await run(pipe, command(["6 * 7"], session="t"))
+        assert (out, end.code) == (b"42\n", 0)
+
+
 async def test_a_cell_that_waits_can_be_killed_before_it_runs(tmp_path):
     async with supervisor() as pipe:
         first = command(["import time; time.sleep(0.5)"], session="s")
@@ -710,6 +750,22 @@ async def test_a_supervisor_that_never_answers_is_an_error(monkeypatch):
 def test_results_that_are_no_object_are_refused(content):
     with pytest.raises(SandboxError):
         pipes._item(3, content)
+
+
+@pytest.mark.parametrize("amount", [HUGE, b"1e999", b"-1e999", b"NaN", b"-" + HUGE, b"true", DEEP])
+def test_amounts_that_cannot_be_are_none(amount):
+    fields = b'{"cpu_s": %b, "wall_s": %b, "max_rss_bytes": %b}' % (amount, amount, amount)
+    assert pipes._item(3, fields) == Exit(outcome="exited")
+    listed = pipes._listed(json.loads(b'{"id": %b, "age_s": %b}' % (amount, amount)))
+    assert (listed["id"], listed["age_s"]) == ("", 0.0)
+
+
+@pytest.mark.parametrize("code", [b"[]", b"{}", b"1", b"true", HUGE, DEEP])
+def test_refusals_that_make_no_sense_are_the_sandboxs_fault(code):
+    with pytest.raises(SandboxError):
+        pipes._item(5, b'{"error": %b, "message": %b}' % (code, code))
+    with pytest.raises(Gone):
+        pipes._item(5, b'{"error": "unknown", "message": %b}' % code)
 
 
 def test_results_are_checked_field_by_field():

@@ -1,14 +1,16 @@
 """What the egress proxy needs of the rest: credentials, and a record of what it decided."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from typing import Final
 from uuid import UUID
 
 import structlog
 
-from openinteractions import ids, metrics
+from openinteractions import clock, ids, metrics
 from openinteractions.broker import store
 from openinteractions.db.engine import LOST, Database
 from openinteractions.resources.credentials.service import HeaderInjection, Vault
@@ -20,6 +22,12 @@ _log = structlog.get_logger(__name__)
 _FLUSH_S: Final = 1.0
 _BATCH: Final = 500
 _MAX_WAITING: Final = 20_000
+_RATE: Final = 50.0
+"""Decisions of one environment that are kept in a second, over time."""
+_BURST: Final = 500.0
+_MAX_SHARE: Final = 2000
+"""Of those that wait, one environment's."""
+_SUM_UP_S: Final = 10.0
 _LOCATIONS: Final[tuple[Location, ...]] = ("header", "query", "body")
 
 
@@ -69,10 +77,40 @@ class Credentials:
         )
 
 
+@dataclass(slots=True)
+class _Share:
+    """One environment's part of the log."""
+
+    project_id: UUID
+    allowance: float = _BURST
+    at: float = field(default_factory=time.monotonic)
+    waiting: int = 0
+    omitted: int = 0
+
+    def take(self) -> bool:
+        """Whether one more may be kept."""
+        now = time.monotonic()
+        self.allowance = min(_BURST, self.allowance + (now - self.at) * _RATE)
+        self.at = now
+        if self.allowance < 1 or self.waiting >= _MAX_SHARE:
+            self.omitted += 1
+            return False
+        self.allowance -= 1
+        self.waiting += 1
+        return True
+
+    @property
+    def is_quiet(self) -> bool:
+        """It has nothing to remember."""
+        is_rested = time.monotonic() - self.at > _BURST / _RATE
+        return is_rested and not self.waiting and not self.omitted
+
+
 class EgressLog:
     """Writes the proxy's decisions to the database, in batches.
 
-    While the database is away they wait, up to a bound; what is dropped beyond it is counted.
+    While the database is away they wait, up to a bound; what is dropped beyond it is counted. An
+    environment that makes too many takes no room from others: a row says how many were left out.
     """
 
     def __init__(self, database: Database, projects: Projects) -> None:
@@ -81,6 +119,8 @@ class EgressLog:
         self._waiting: list[store.EgressRow] = []
         self._full = asyncio.Event()
         self._dropped = 0
+        self._shares: dict[UUID, _Share] = {}
+        self._summed_up_at = -_SUM_UP_S
 
     def record(self, decision: Decision) -> None:
         """Keep a decision; neither blocks nor raises."""
@@ -88,6 +128,10 @@ class EgressLog:
         project_id = self._projects.find(decision.environment_id)
         if project_id is None or len(self._waiting) >= _MAX_WAITING:
             self._dropped += 1
+            return
+        environment_id = UUID(decision.environment_id)
+        share = self._shares.setdefault(environment_id, _Share(project_id))
+        if not share.take():
             return
         self._waiting.append(_row(decision, project_id))
         if len(self._waiting) >= _BATCH:
@@ -102,6 +146,7 @@ class EgressLog:
                 yield
             finally:
                 task.cancel()
+        self._sum_up()
         await self._flush()
 
     async def _write_for_ever(self) -> None:
@@ -112,8 +157,31 @@ class EgressLog:
             except TimeoutError:
                 pass
             self._full.clear()
+            if time.monotonic() - self._summed_up_at >= _SUM_UP_S:
+                self._sum_up()
             if not await self._flush():
                 await asyncio.sleep(_FLUSH_S)
+
+    def _sum_up(self) -> None:
+        """Add a row for each environment of whose decisions some were left out."""
+        self._summed_up_at = time.monotonic()
+        for environment_id, share in list(self._shares.items()):
+            if share.omitted:
+                _log.warning(
+                    "egress.log_dropped", rows=share.omitted, environment_id=environment_id.hex
+                )
+                self._waiting.append(_omitted(environment_id, share))
+                share.waiting += 1
+                share.omitted = 0
+            elif share.is_quiet:
+                del self._shares[environment_id]
+
+    def _written(self, batch: list[store.EgressRow]) -> None:
+        """They do not wait any more."""
+        for row in batch:
+            share = self._shares.get(row[0])
+            if share is not None:
+                share.waiting -= 1
 
     async def _flush(self) -> bool:
         """Write what waits; False where the database is away."""
@@ -131,6 +199,7 @@ class EgressLog:
                 _log.exception("egress.log_refused", rows=len(batch))
                 self._dropped += len(batch)
             del self._waiting[: len(batch)]
+            self._written(batch)
         return True
 
 
@@ -154,6 +223,16 @@ def _row(decision: Decision, project_id: UUID) -> store.EgressRow:
         decision.bytes_down,
         decision.duration_ms,
     )
+
+
+def _omitted(environment_id: UUID, share: _Share) -> store.EgressRow:
+    """A row that stands for those that were left out."""
+    reason = (
+        f"{share.omitted} decisions were not kept: an environment's log takes {_RATE:.0f} a second."
+    )
+    decided = ("", 0, "tunnel", None, None, "omitted", reason)
+    found = (None, None, None, 0, 0, 0)
+    return (environment_id, ids.uuid7(), share.project_id, clock.now(), *decided, *found)
 
 
 def _clean(text: str | None) -> str | None:

@@ -6,7 +6,6 @@ id is the running command, its stored result, or `unknown`; never a second run.
 
 import asyncio
 import contextlib
-import time
 from dataclasses import dataclass, replace
 from typing import Final
 from uuid import UUID
@@ -53,6 +52,18 @@ class Joined:
     event: str
     """`started`: by this very request; `attached`: before."""
     record: Record
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """What a command may take of its follower's memory and time."""
+
+    max_bytes: int = MAX_OUTPUT_BYTES
+    timeout_s: float | None = None
+    session: str | None = None
+
+
+_WIDEST: Final = Bounds()
 
 
 class Executions:
@@ -138,21 +149,17 @@ class Executions:
         live: Live,
         name: str,
         epoch: int,
-        *,
-        max_bytes: int = MAX_OUTPUT_BYTES,
-        timeout_s: float | None = None,
-        session: str | None = None,
+        bounds: Bounds = _WIDEST,
     ) -> Running:
         """Follow a command to its end, and store the result.
 
         What does not end in its time is ended, with its sandbox: nothing that a sandbox does, or
         fails to do, keeps a caller waiting for ever.
         """
-        record = Record(min(max(max_bytes, MIN_OUTPUT_BYTES), MAX_OUTPUT_BYTES))
-        limit_s = min(LONGEST_S if timeout_s is None else timeout_s, LONGEST_S) + _GRACE_S
-        running = Running(
-            name, epoch, record, live, ends_by=_begins_by(slot, session) + limit_s, session=session
-        )
+        record = Record(min(max(bounds.max_bytes, MIN_OUTPUT_BYTES), MAX_OUTPUT_BYTES))
+        limit_s = LONGEST_S if bounds.timeout_s is None else min(bounds.timeout_s, LONGEST_S)
+        ends_by = _begins_by(slot, bounds.session) + limit_s + _GRACE_S
+        running = Running(name, epoch, record, live, ends_by, bounds.session)
         slot.running[name] = running
         running.task = self._house.parts.tasks.spawn(
             self._follow(slot, running), name=f"execution-{slot.id.hex}-{name}"
@@ -225,15 +232,12 @@ class Executions:
         except ConnectionError:
             # It may have arrived: whoever follows finds out.
             _log.warning("execution.unsure", environment_id=slot.id.hex, execution_id=command.id)
-        return self.follow(
-            slot,
-            live,
-            command.id,
-            command.epoch,
+        bounds = Bounds(
             max_bytes=command.max_output_bytes,
             timeout_s=command.timeout_s,
             session=command.session,
-        ).record
+        )
+        return self.follow(slot, live, command.id, command.epoch, bounds).record
 
     async def _begin(self, row: store.Row, name: str, *, epoch: int, sandbox: str) -> bool:
         return await store.begin(
@@ -250,21 +254,23 @@ class Executions:
         running.record.finish(ended)
         slot.touch()
         metrics.child(metrics.executions, ended.outcome).inc()
-        await self._keep(slot.id, running, ended)
-        # Only now may the sandbox forget it.
-        with contextlib.suppress(ConnectionError, SandboxError, RequestError):
+        try:
+            await self._keep(slot.id, running, ended)
+            # Only now may the sandbox forget it.
             if not running.live.pipe.lost.is_set():
                 await running.live.pipe.forget(running.id)
+        except (ConnectionError, SandboxError, RequestError):
+            pass
+        except Exception:  # noqa: BLE001 - it must not count as running for ever
+            _log.exception("execution.not_kept", execution_id=running.id)
         if slot.running.get(running.id) is running:
             del slot.running[running.id]
         slot.touch()
 
     async def _outcome(self, slot: Slot, running: Running) -> Exit:
         """How a command ended, whatever its sandbox says or does not say."""
-        loop = asyncio.get_running_loop()
         try:
-            left_s = running.ends_by - time.monotonic()
-            async with asyncio.timeout_at(loop.time() + left_s) as running.timeout:
+            async with asyncio.timeout_at(running.ends_by) as running.timeout:
                 return await _until_end(running)
         except Gone:
             return _KILLED if running.is_stopped else _UNKNOWN
@@ -282,12 +288,15 @@ class Executions:
             outcome=ended.outcome,
         )
         if slot.live is running.live:
-            # It may run on: nothing else ends it for sure.
-            stopping = self._house.parts.tasks.spawn(
-                self._house.stop(slot.id, "a command did not end"), name=f"stop-{slot.id.hex}"
-            )
-            await asyncio.wait({stopping}, timeout=_STOP_S)
+            await self._stop(slot)
         return ended
+
+    async def _stop(self, slot: Slot) -> None:
+        """Stop a sandbox in which a command may run on: nothing else ends it for sure."""
+        stopping = self._house.parts.tasks.spawn(
+            self._house.stop(slot.id, "a command did not end"), name=f"stop-{slot.id.hex}"
+        )
+        await asyncio.wait({stopping}, timeout=_STOP_S)
 
     async def _keep(self, environment_id: UUID, running: Running, ended: Exit) -> None:
         """Store a result; however long the database is away."""
@@ -340,8 +349,11 @@ async def _until_end(running: Running) -> Exit:
 
 def _begins_by(slot: Slot, session: str | None) -> float:
     """When a command begins at the latest: cells of one session wait for each other."""
+    now = asyncio.get_running_loop().time()
+    if session is None:
+        return now
     others = (each.ends_by for each in slot.running.values() if each.session == session)
-    return max(time.monotonic(), *others) if session is not None else time.monotonic()
+    return max(now, *others, now)
 
 
 async def _is_known(pipe: Pipe, name: str) -> bool:

@@ -3,6 +3,8 @@
 Nothing is held in memory but the piece that is on its way.
 """
 
+import asyncio
+import math
 import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -26,6 +28,8 @@ MAX_EXTRACTED_BYTES: Final = 16 * 2**30
 """Of all files of one archive."""
 
 _SEND_BYTES: Final = 256 * 1024
+_STALL_S: Final = 30.0
+"""A reader may take nothing for twice as long at most."""
 _DEFAULT_PAGE: Final = 1000
 _MAX_PAGE: Final = 10_000
 _OFFSET: Final = re.compile(r"[0-9]{1,18}")
@@ -108,7 +112,7 @@ class _Files:
             answer.content_length = reading.size
             await begin(request, answer)
             async for chunk in reading.chunks(_SEND_BYTES):
-                await answer.write(chunk)
+                await send(request, answer, chunk)
             await answer.write_eof()
             return answer
 
@@ -123,7 +127,7 @@ class _Files:
             answer.enable_chunked_encoding()
             await begin(request, answer)
             async for piece in pieces:
-                await answer.write(piece)
+                await send(request, answer, piece)
             await answer.write_eof()
             return answer
 
@@ -194,6 +198,29 @@ class _Files:
                     )
                 )
             return _written([await tree.commit(_upload(request), path, overwrite=overwrite)])
+
+
+async def send(request: web.Request, answer: web.StreamResponse, piece: bytes) -> None:
+    """Send a piece, however slowly it is read.
+
+    Raises:
+        ConnectionError: Nobody reads it.
+    """
+    sending = asyncio.ensure_future(answer.write(piece))
+    waiting = math.inf
+    try:
+        while not (await asyncio.wait({sending}, timeout=_STALL_S))[0]:
+            before, waiting = waiting, _unsent(request)
+            if waiting >= before:
+                raise ConnectionAbortedError("nobody reads the answer")
+        await sending
+    finally:
+        sending.cancel()
+
+
+def _unsent(request: web.Request) -> int:
+    """Bytes that the system has not taken yet."""
+    return 0 if request.transport is None else request.transport.get_write_buffer_size()
 
 
 def _path(request: web.Request) -> str:

@@ -18,6 +18,7 @@ import structlog
 
 from openinteractions import metrics
 from openinteractions.broker import store
+from openinteractions.broker.bounds import Bounds
 from openinteractions.broker.egress import EgressLog, Projects
 from openinteractions.broker.launcher import Launcher
 from openinteractions.broker.live import Live, Running
@@ -38,6 +39,8 @@ _log = structlog.get_logger(__name__)
 _BUSY_RETRY_S: Final = 5.0
 _TIDY_S: Final = 5.0
 _DISK_IDLE_S: Final = 60.0
+_CLEAN_S: Final = 3600.0
+_LOOK_S: Final = 0.5
 
 
 @dataclass(eq=False)
@@ -53,10 +56,13 @@ class Slot:
     """A container that could not be removed."""
     is_open: bool = False
     """Its disk was opened, and not released since."""
-    is_clean: bool = False
-    """What a broker before has not finished in its files was removed."""
+    cleaned_at: float | None = None
+    """When what nobody goes on with was removed from beside its files."""
     uses: int = 0
     last_used: float = field(default_factory=time.monotonic)
+    file_uses: int = 0
+    """Who only reads or writes its files: their disk is needed, and no sandbox."""
+    files_last_used: float = field(default_factory=time.monotonic)
 
     @contextmanager
     def used(self) -> Generator[None]:
@@ -68,19 +74,39 @@ class Slot:
             self.uses -= 1
             self.touch()
 
+    @contextmanager
+    def files_used(self) -> Generator[None]:
+        """Its disk is in use until the context ends."""
+        self.file_uses += 1
+        try:
+            yield
+        finally:
+            self.file_uses -= 1
+            self.files_last_used = time.monotonic()
+
     def touch(self) -> None:
         """It has just been used."""
         self.last_used = time.monotonic()
 
     @property
     def is_busy(self) -> bool:
-        """Whether somebody uses it now, or it is about to change."""
+        """Whether somebody uses its sandbox now, or it is about to change."""
         return bool(self.uses or self.running or self.lock.locked())
 
     @property
     def idle_s(self) -> float:
-        """How long nobody has used it."""
+        """How long nobody has used its sandbox."""
         return 0.0 if self.uses or self.running else time.monotonic() - self.last_used
+
+    @property
+    def disk_idle_s(self) -> float:
+        """How long nobody has used anything of it."""
+        return 0.0 if self.file_uses else min(self.idle_s, time.monotonic() - self.files_last_used)
+
+    @property
+    def is_to_be_cleaned(self) -> bool:
+        """Whether it was long ago, or never."""
+        return self.cleaned_at is None or time.monotonic() - self.cleaned_at > _CLEAN_S
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +136,7 @@ class House:
         self.is_complete = False
         """What a broker before has left running is known."""
         self._slots: dict[UUID, Slot] = {}
+        self._bounds = Bounds(parts.disks)
         self._starting = 0
 
     # Looking.
@@ -165,7 +192,7 @@ class House:
             NotFound: No such environment, or its files are lost.
         """
         slot = self.slot(environment_id)
-        with slot.used():
+        with slot.files_used():
             async with slot.lock:
                 root = await self._opened(slot, await self.row(environment_id))
             yield root
@@ -175,9 +202,10 @@ class House:
         """An environment's files, to be worked on. Errors as in `files`."""
         async with self.files(environment_id) as root:
             slot, uid = self.slot(environment_id), self.parts.disks.uid
-            tree = Tree(root, uid=uid, gid=uid, environment=environment_id.hex)
-            if not slot.is_clean:
-                slot.is_clean = True
+            quota = self._bounds.quota(environment_id)
+            tree = Tree(root, uid=uid, gid=uid, environment=environment_id.hex, quota=quota)
+            if slot.is_to_be_cleaned:
+                slot.cleaned_at = time.monotonic()
                 await tree.clean()
             yield tree
 
@@ -185,13 +213,17 @@ class House:
         """Have an environment's disk, empty or a copy of another one's.
 
         Raises:
-            NotFound: No such environment, or no such source.
+            NotFound: No such environment, or no such source in its project.
+            TooLarge: The source has more than it may.
+            Unready: The broker's disk is full, or nearly so.
         """
         slot = self.slot(environment_id)
-        with slot.used():
+        with slot.files_used():
             origin = None if source is None else await self.row(source)
             async with slot.lock:
                 row = await self.row(environment_id)
+                if origin is not None and origin.project_id != row.project_id:
+                    raise NotFound(f"No such environment: {origin.id.hex}.")
                 if row.has_disk:
                     await self._opened(slot, row)
                 elif origin is not None and origin.has_disk:
@@ -212,8 +244,9 @@ class House:
             async with slot.lock:
                 await self._stop(slot, "deleted")
                 await self.parts.disks.delete(environment_id.hex)
-                slot.is_open = slot.is_clean = False
+                slot.is_open, slot.cleaned_at = False, None
                 self.parts.projects.drop(environment_id)
+                self._bounds.forget(environment_id, is_deleted=True)
         _log.info("environment.deleted", environment_id=environment_id.hex)
 
     async def _opened(self, slot: Slot, row: Row) -> Path:
@@ -253,6 +286,7 @@ class House:
 
         Raises:
             Unready: There is no room, or the engine is away.
+            TooLarge: It was stopped since its files have become too large.
             SandboxError: It does not start.
         """
         slot.touch()
@@ -266,6 +300,7 @@ class House:
         if live is None:
             self.check_ready()
             root = await self._opened(slot, row)
+            await self._bounds.admit(row.id)
             await self._make_room()
             self._starting += 1
             try:
@@ -372,7 +407,7 @@ class House:
             await self._remove(slot, live)
             self._count()
             _log.info("environment.stopped", environment_id=slot.id.hex, why=why)
-        if slot.is_open:
+        if slot.is_open and not slot.file_uses:
             slot.is_open = not await self.parts.disks.release(slot.id.hex)
 
     async def _bury(self, slot: Slot, live: Live) -> None:
@@ -431,11 +466,41 @@ class House:
             if slot.live is not None:
                 if slot.idle_s >= self._idle_stop_s:
                     await self._stop(slot, "idle")
-            elif slot.idle_s >= _DISK_IDLE_S:
+            elif slot.disk_idle_s >= _DISK_IDLE_S:
                 if slot.is_open:
                     slot.is_open = not await self.parts.disks.release(slot.id.hex)
                 if not slot.is_open and slot.leftover is None:
                     self._slots.pop(slot.id, None)
+                    self._bounds.forget(slot.id)
+
+    async def watch_sizes_for_ever(self) -> None:
+        """Stop the sandboxes of environments that grow too far beyond their bound."""
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            for slot in self.slots():
+                if slot.live is None:
+                    continue
+                try:
+                    await self._watch_size(slot)
+                except Gone:
+                    continue
+                except Exception:  # noqa: BLE001 - the others are watched all the same
+                    _log.exception("environment.not_measured", environment_id=slot.id.hex)
+
+    async def _watch_size(self, slot: Slot) -> None:
+        live = slot.live
+        found = await self._bounds.is_over(slot.id)
+        if found is None:
+            return
+        _log.warning(
+            "environment.over_bound",
+            environment_id=slot.id.hex,
+            size_bytes=found.charged,
+            bound_bytes=found.size,
+        )
+        async with slot.lock:
+            if slot.live is live:
+                await self._stop(slot, "over its bound")
 
     async def let_go(self) -> None:
         """At the broker's end: what runs a command lives on, for the next broker; the rest goes."""

@@ -5,6 +5,7 @@ import hashlib
 import os
 import socket
 import ssl
+import stat
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,9 @@ def listen(settings: SandboxSettings, home: Path) -> Listener:
         SetupError: It cannot listen there; the message names the setting.
     """
     if settings.listen is None:
-        return _unix(_default(home), settings)
+        path = _default(home)
+        # Anyone could have made a folder whose name can be guessed.
+        return _unix(path, settings, is_guessable=path.parent != home)
     parts = urlsplit(settings.listen)
     if parts.scheme == _UNIX and parts.path:
         return _unix(Path(parts.path), settings)
@@ -71,13 +74,15 @@ def _default(home: Path) -> Path:
     return Path(f"/tmp/oi-broker-{os.geteuid()}-{name}") / _FILE  # noqa: S108 - owner is checked
 
 
-def _unix(path: Path, settings: SandboxSettings) -> Listener:
+def _unix(path: Path, settings: SandboxSettings, *, is_guessable: bool = False) -> Listener:
     if len(os.fsencode(path)) > _MAX_SOCKET_PATH:
         raise SetupError(f"sandbox.listen: the path {path} is too long for a socket")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         _check_owner(path.parent)
+        if is_guessable:
+            _check_private(path.parent)
         # Who holds the data folder's lock is the only one: a socket that is there is a dead one's.
         path.unlink(missing_ok=True)
         listener.bind(str(path))
@@ -126,6 +131,15 @@ def _https(host: str, port: int, settings: SandboxSettings) -> Listener:
 def _check_owner(folder: Path) -> None:
     if folder.stat().st_uid != os.geteuid():
         raise SetupError(f"the folder {folder} of the broker's socket is another user's")
+
+
+def _check_private(folder: Path) -> None:
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        raise SetupError(
+            f"{folder}, where the broker's socket would be, is a link or open to other users: "
+            "remove it, or set sandbox.listen"
+        )
 
 
 @contextlib.contextmanager

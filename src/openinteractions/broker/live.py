@@ -110,7 +110,7 @@ class Running:
     record: Record
     live: Live
     ends_by: float
-    """On the clock of `time.monotonic`: what has not said by then how it ended is ended."""
+    """On the event loop's clock: what has not said by then how it ended is ended."""
     session: str | None = None
     is_killed: bool = False
     """Somebody has asked for its end."""
@@ -122,6 +122,6 @@ class Running:
     def hurry(self, seconds: float) -> None:
         """It is being killed, and has to say so soon."""
         self.is_killed = True
-        self.ends_by = min(self.ends_by, time.monotonic() + seconds)
-        if self.timeout is not None:
+        self.ends_by = min(self.ends_by, asyncio.get_running_loop().time() + seconds)
+        if self.timeout is not None and not self.timeout.expired():
             self.timeout.reschedule(self.ends_by)

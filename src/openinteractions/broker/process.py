@@ -141,6 +141,7 @@ async def _watch(
     await watch.look()
     parts.tasks.spawn(watch.for_ever(), name="engine-watch")
     parts.tasks.spawn(house.tidy_for_ever(), name="tidy")
+    parts.tasks.spawn(house.watch_sizes_for_ever(), name="sizes")
     parts.tasks.spawn(_sweep_for_ever(boot), name="sweep")
     return watch
 

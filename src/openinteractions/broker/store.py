@@ -69,9 +69,20 @@ update executions set exit = $3::text::jsonb, output = $4, ended_at = now()
 """
 
 _UNFINISHED = """
-select e.environment_id, e.id, e.project_id, e.epoch, e.sandbox
+select e.environment_id, e.id, e.project_id, e.epoch, e.sandbox,
+       extract(epoch from now() - e.started_at)::float8
   from executions e join environments n on n.id = e.environment_id
  where n.broker = $1 and e.exit is null
+"""
+
+# A run that is not stored has an id, and no row: its environment goes with it.
+_ABANDONED = """
+select e.environment_id, e.id
+  from unnest($1::uuid[], $2::text[]) as asked (environment_id, id)
+  join executions e using (environment_id, id)
+  join interactions i on i.id = e.interaction_id
+ where e.exit is null
+   and (i.status not in ('queued', 'in_progress') or i.deleted_at is not null)
 """
 
 
@@ -107,6 +118,7 @@ class Unfinished:
     project_id: UUID
     epoch: int
     sandbox: str
+    age_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,6 +288,17 @@ async def unfinished(database: Database, broker: str) -> list[Unfinished]:
     async with database.hot() as connection:
         rows = await connection.fetch(_UNFINISHED, broker)
     return [Unfinished(*row) for row in rows]
+
+
+async def abandoned(
+    database: Database, running: Sequence[tuple[UUID, str]]
+) -> list[tuple[UUID, str]]:
+    """Those of some executions whose interaction has ended, or was deleted."""
+    async with database.hot() as connection:
+        rows = await connection.fetch(
+            _ABANDONED, [each[0] for each in running], [each[1] for each in running]
+        )
+    return [(row[0], row[1]) for row in rows]
 
 
 async def log_egress(database: Database, rows: Sequence[EgressRow]) -> None:

@@ -107,9 +107,10 @@ class CodeExecution:
             return _failed(f"The sandbox could not run this: {error.message}")
 
     async def stop(self, key: str) -> None:
-        """Kill the code that runs."""
+        """Kill the code that runs, and what shows its figures."""
         assert self._place is not None
         await self._place.kill(key)
+        await self._place.kill(_figures_of(key))
 
     async def _run(self, arguments: Json, key: str) -> Json:
         assert self._place is not None
@@ -144,7 +145,7 @@ class CodeExecution:
             return []
         assert self._place is not None
         drawn = await self._place.execute(
-            f"{key}.figures",
+            _figures_of(key),
             [_SHOW_FIGURES],
             session=_SESSION,
             timeout_s=60.0,
@@ -157,6 +158,10 @@ class CodeExecution:
             for line in drawn.text.split()
             if line.startswith("iVBOR")
         ]
+
+
+def _figures_of(key: str) -> str:
+    return f"{key}.figures"
 
 
 def _result(done: Done, figures: list[Json] | None = None) -> Json:

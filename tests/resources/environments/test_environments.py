@@ -578,3 +578,26 @@ async def test_pieces_of_no_upload_are_refused_at_once(server: Server):
             assert response.status == status
             assert (await response.json())["error"]["message"]
             assert ("X-Goog-Upload-Status" in response.headers) == bool(query)
+
+
+async def test_a_project_has_so_many_environments_at_most(database_url):
+    sandbox = {"enabled": "off", "max_environments": 3}
+    async with house.opened(database_url, None, role="api", sandbox=sandbox) as server:
+        await keys.ensure(server.database, OTHER, name="other", project="other")
+        first, second, _ = [await made(server) for _ in range(3)]
+        for body in ({}, {"from_environment": first["id"]}):
+            message = await refused(server, "POST", "environments", body, status=429)
+            assert "has 3 environments" in message
+            assert "sandbox.max_environments" in message
+        await made(server, key=OTHER)
+        # Neither a deleted nor an expired one counts.
+        assert (await server.call("DELETE", f"environments/{first['id']}"))[0] == 200
+        await made(server)
+        await refused(server, "POST", "environments", status=429, body={})
+        async with server.database.hot() as connection:
+            await connection.execute(
+                "update environments set expires_at = now() - interval '1 s' where id = $1",
+                parse_environment_id(second["id"]),
+            )
+        await made(server)
+        await refused(server, "POST", "environments", status=429, body={})

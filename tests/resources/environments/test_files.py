@@ -588,3 +588,33 @@ def test_links_that_lead_nowhere_are_told_apart():
 
 def test_a_bad_range_is_a_request_error():
     assert issubclass(OutOfRange, Invalid)
+
+
+def test_answers_are_remembered_within_bounds(monkeypatch):
+    monkeypatch.setattr(uploads, "_MAX_KEPT_BYTES", 1000)
+    kept = uploads.Uploads(None, None)  # pyright: ignore[reportArgumentType]
+
+    def upload(number: int) -> uploads.Upload:
+        return uploads.Upload(
+            id=str(number),
+            project_id="",
+            environment="",
+            path="",
+            overwrite=False,
+            extract=False,
+            total=None,
+            ends=0,
+        )
+
+    kept._keep(upload(0), bytes(64 * 1024 + 1))
+    assert kept.ended(upload(0)) is None
+    for number in range(1, 6):
+        for _ in range(2):
+            kept._keep(upload(number), bytes(300))
+    assert [kept.ended(upload(number)) is not None for number in range(1, 6)] == [
+        False,
+        False,
+        True,
+        True,
+        True,
+    ]

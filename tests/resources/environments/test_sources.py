@@ -2,9 +2,10 @@
 
 import base64
 from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 from tests import house
@@ -14,8 +15,9 @@ from tests.resources.environments.stand import Stand, standing
 
 from openinteractions.errors import Invalid
 from openinteractions.resources.environments import sources
-from openinteractions.resources.environments.sources import _last_line
+from openinteractions.resources.environments.sources import Repository, Sources, _last_line
 from openinteractions.resources.keys import service as keys
+from openinteractions.sandbox.port import Exit, Output
 
 
 @pytest.fixture
@@ -265,3 +267,28 @@ def test_a_secret_in_a_repositorys_url_is_refused():
         with pytest.raises(Invalid, match="credential"):
             sources.checked([{**source, "source": url}], skills_dir=None)
     sources.checked([{**source, "source": "https://x.com/o/r"}], skills_dir=None)
+
+
+async def test_what_a_clone_says_is_bounded(monkeypatch):
+    said: list[int] = []
+
+    class Client:
+        @asynccontextmanager
+        async def execute(self, *_):
+            async def pieces():
+                for _ in range(100):
+                    yield Output(2, b"x" * 65_000 + b"\n")
+                yield Output(2, b"fatal: no\n")
+                yield Exit(outcome="exited", code=128)
+
+            yield pieces()
+
+    def last_line(text: bytearray) -> str:
+        said.append(len(text))
+        return _last_line(text)
+
+    monkeypatch.setattr(sources, "_last_line", last_line)
+    fresh = Sources(Client(), None, gcs_url="")
+    with pytest.raises(Invalid, match="git clone failed: fatal: no"):
+        await fresh._clone("", uuid4(), Repository("workspace/a", "https://h.example/r"))
+    assert said == [65_536]

@@ -31,6 +31,10 @@ MAX_BYTES: Final = 2 * 2**30
 _VALID_S: Final = 24 * 3600
 _PURPOSE: Final = "environment-upload"
 _MOST_KEPT: Final = 1000
+_MAX_KEPT_BYTES: Final = 16 * 2**20
+"""Of all answers that are kept."""
+_MAX_ANSWER_BYTES: Final = 64 * 1024
+"""Of one that is kept: a longer one is that of an archive of many files."""
 _MAX_TOKEN: Final = 16 * 1024
 
 
@@ -74,6 +78,7 @@ class Uploads:
         self._sealer = sealer
         self._ended: OrderedDict[str, bytes] = OrderedDict()
         """What the last uploads of this process gave, for clients that lost the answer."""
+        self._ended_bytes = 0
 
     @property
     def _client(self) -> BrokerClient:
@@ -141,7 +146,7 @@ class Uploads:
         return upload
 
     def ended(self, upload: Upload) -> bytes | None:
-        """What it gave when it ended, if that was lately and here: a repeat gets it again."""
+        """What it gave when it ended, if that was lately, here, and not too long to be kept."""
         return self._ended.get(upload.id)
 
     async def append(self, upload: Upload, offset: int, body: Pieces) -> int:
@@ -212,10 +217,18 @@ class Uploads:
                 extract=upload.extract,
             )
         answer = self._written(key, written)
-        self._ended[upload.id] = answer
-        while len(self._ended) > _MOST_KEPT:
-            self._ended.popitem(last=False)
+        self._keep(upload, answer)
         return answer
+
+    def _keep(self, upload: Upload, answer: bytes) -> None:
+        """Remember an answer, and forget the oldest ones."""
+        if len(answer) > _MAX_ANSWER_BYTES:
+            return
+        self._ended_bytes += len(answer) - len(self._ended.get(upload.id, b""))
+        self._ended[upload.id] = answer
+        while len(self._ended) > _MOST_KEPT or self._ended_bytes > _MAX_KEPT_BYTES:
+            _, oldest = self._ended.popitem(last=False)
+            self._ended_bytes -= len(oldest)
 
     async def drop(self, upload: Upload) -> None:
         """Forget an upload."""

@@ -17,7 +17,7 @@ from openinteractions.api import pages
 from openinteractions.crypto import Sealer
 from openinteractions.db.engine import Database
 from openinteractions.db.sealed import environment_purpose
-from openinteractions.errors import AppError, Invalid, NotFound, Unready
+from openinteractions.errors import AppError, Invalid, NotFound, TooMany, Unready
 from openinteractions.netguard import Fetcher
 from openinteractions.resources.credentials import store as credentials
 from openinteractions.resources.environments import sources, store
@@ -42,6 +42,7 @@ _COUNT_EVERY_S: Final = 5.0
 _COUNT_PATIENCE_S: Final = 2.0
 _MOST_COUNTED: Final = 10_000
 _TRIES: Final = 5
+_TOO_MANY_RETRY_S: Final = 60.0
 _NO_BROKER: Final = (
     "No sandbox broker is running. Its operator has to install and start Docker, then restart the "
     "server; `openinteractions doctor` says what is missing."
@@ -59,6 +60,8 @@ class Rules:
     """What no request can go beyond."""
     skills_dir: Path | None = None
     gcs_url: str = "https://storage.googleapis.com"
+    max_environments: int = 1000
+    """Of one project; those that expired or were deleted do not count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +107,7 @@ class Environments:
         Raises:
             Invalid: Something in it is wrong; nothing is left behind.
             NotFound: There is nothing to copy.
+            TooMany: The project has as many as it may.
             Unready: No broker can take its sources.
         """
         if "from_environment" in body:
@@ -187,6 +191,7 @@ class Environments:
         Raises:
             Invalid: A source, the network or a variable is wrong; nothing is left behind.
             NotFound: The id is unknown, or its environment has expired.
+            TooMany: The project has as many as it may.
             Unready: No broker can take its sources.
         """
         if isinstance(value, str):
@@ -350,7 +355,15 @@ class Environments:
             sealed=self._seal(project_id, key, wanted),
             broker=broker,
         )
-        return await store.create(self._database, new, ttl=self._rules.ttl)
+        most = self._rules.max_environments
+        row = await store.create(self._database, new, ttl=self._rules.ttl, most=most)
+        if row is None:
+            raise TooMany(
+                f"The project has {most} environments, and may have no more (setting "
+                "sandbox.max_environments): delete some, or wait until unused ones expire.",
+                retry_after_s=_TOO_MANY_RETRY_S,
+            )
+        return row
 
     async def _change(self, row: Environment, change: _Change) -> None:
         """Give an environment another configuration, and more files."""

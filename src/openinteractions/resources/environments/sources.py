@@ -40,6 +40,7 @@ MAX_BUCKET_OBJECTS: Final = 10_000
 MAX_SKILL_BYTES: Final = 100 * 10**6
 _CLONE_S: Final = 300.0
 _CHUNK: Final = 256 * 1024
+_MAX_SAID: Final = 64 * 1024
 _IN_MEMORY: Final = 4 * 2**20
 
 _SKILL: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
@@ -285,6 +286,8 @@ class Sources:
             async for piece in pieces:
                 if isinstance(piece, Output):
                     said += piece.data
+                    # Its last line is wanted, and a sandbox may say as much as it likes.
+                    del said[:-_MAX_SAID]
                 else:
                     ended = piece
         if ended.timed_out:

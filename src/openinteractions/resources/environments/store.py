@@ -21,7 +21,10 @@ _USABLE = """deleted_at is null and expired_at is null
 
 _CREATE = f"""
 insert into environments (id, project_id, broker, public, sealed, expires_at)
-values ($1, $2, $3, $4, $5, now() + $6::interval)
+select $1, $2, $3, $4, $5, now() + $6::interval
+ where $7::int is null
+    or (select count(*)
+          from (select from environments where project_id = $2 and {_USABLE} limit $7) as live) < $7
 returning {_COLUMNS}
 """  # noqa: S608 - our own words
 
@@ -158,13 +161,23 @@ class Place:
     """Its last use was noted a while ago."""
 
 
-async def create(database: Database, new: NewEnvironment, *, ttl: timedelta) -> Environment:
-    """Insert a row; nothing is made anywhere else."""
+async def create(
+    database: Database, new: NewEnvironment, *, ttl: timedelta, most: int | None = None
+) -> Environment | None:
+    """Insert a row; nothing is made anywhere else.
+
+    Args:
+        database: Where.
+        new: The row.
+        ttl: How long it lives unused.
+        most: None is inserted where the project has so many that can be used; with requests at the
+            same moment it may get a few more.
+    """
     async with database.hot() as connection:
         row = await connection.fetchrow(
-            _CREATE, new.id, new.project_id, new.broker, new.public, new.sealed, ttl
+            _CREATE, new.id, new.project_id, new.broker, new.public, new.sealed, ttl, most
         )
-    return Environment(*row)
+    return None if row is None else Environment(*row)
 
 
 async def get(database: Database, project_id: UUID, environment_id: UUID) -> Environment | None:

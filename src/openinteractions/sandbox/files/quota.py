@@ -1,6 +1,7 @@
 """How much may still be written to a disk whose size only we can bound."""
 
 import threading
+from collections.abc import Awaitable, Callable
 
 from openinteractions.errors import TooLarge
 
@@ -11,7 +12,13 @@ class Quota:
     What was written and removed again counts until the next measurement.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, look: Callable[[], Awaitable[None]] | None = None) -> None:
+        """Nothing is known.
+
+        Args:
+            look: Measures, where that is due, and calls `measured`.
+        """
+        self._look = look
         self._lock = threading.Lock()
         self._size: int | None = None
         self._used = 0
@@ -38,6 +45,16 @@ class Quota:
         with self._lock:
             self._size = size
             self._used = used + self._spent - spent_before
+
+    async def check(self) -> None:
+        """Before anything is written: whether there is any room.
+
+        Raises:
+            TooLarge: There is none.
+        """
+        if self._look is not None:
+            await self._look()
+        self.spend(0)
 
     def spend(self, size: int) -> None:
         """Count bytes that are about to be written.

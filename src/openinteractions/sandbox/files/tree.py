@@ -157,6 +157,7 @@ class Tree:
             Conflict: Something is there, and is not to be overwritten; nothing was changed.
         """
         parts = for_writing(path)
+        await self._site.quota.check()
         await in_thread(self._site.check_free, parts, overwrite=overwrite)
         async with self._staged(parts, chunks, max_bytes) as staged:
             return await in_thread(self._land, staged, overwrite, mode)
@@ -167,7 +168,9 @@ class Tree:
         Raises:
             Conflict: It is there, and no folder.
         """
-        return await in_thread(self._site.mkdir, for_writing(path, is_folder=True))
+        parts = for_writing(path, is_folder=True)
+        await self._site.quota.check()
+        return await in_thread(self._site.mkdir, parts)
 
     async def delete(self, path: str, *, recursive: bool = False) -> None:
         """Remove a file, link or folder.
@@ -218,6 +221,7 @@ class Tree:
             Conflict: A member is there already, and is not to be overwritten.
         """
         parts = _for_extracting(path)
+        await self._site.quota.check()
         async with self._staged(parts, chunks, max_bytes) as staged:
             return await self._unpack(staged.fd, parts, overwrite, max_bytes)
 
@@ -230,6 +234,7 @@ class Tree:
         max_bytes: int | None = None,
     ) -> int:
         """Add a part to an upload, see `uploads.append`; its size then."""
+        await self._site.quota.check()
         return await uploads.append(self._site, upload, offset, chunks, max_bytes=max_bytes)
 
     async def upload_size(self, upload: str) -> int:
@@ -253,6 +258,7 @@ class Tree:
     ) -> Sequence[Entry]:
         """Unpack an upload, as `extract` does, and throw it away."""
         parts = _for_extracting(path)
+        await self._site.quota.check()
         async with uploads.opened(self._site, upload) as part:
             entries = await self._unpack(part.fd, parts, overwrite, max_bytes)
             await in_thread(part.remove)
