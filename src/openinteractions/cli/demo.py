@@ -110,7 +110,12 @@ def _introduce(choice: Choice) -> None:
 def _run(home: Path, log: Path, config: Path | None, choice: Choice) -> None:
     key = ids.api_key()
     # An own database, whatever the settings say: a demo leaves no traces in yours.
-    environment = {"OI_BOOTSTRAP_API_KEY": key, "OI_DATABASE_URL": ""}
+    environment = {
+        "OI_BOOTSTRAP_API_KEY": key,
+        "OI_DATABASE_URL": "",
+        # Nothing of it needs a sandbox.
+        "OI_SANDBOX__ENABLED": "off",
+    }
     server = ServerProcess(home, log=log, config=config, environment=environment)
     try:
         with _failures_explained(server):
