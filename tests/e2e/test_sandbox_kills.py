@@ -54,8 +54,12 @@ def begin(client: Client, fakes: Fakes, lines: int = LINES) -> Any:
     code = {"language": "bash", "code": COUNT.format(lines=lines)}
     call = ToolCall("call_a", "code_execution", code)
     fakes.acme.replies += [turn(call, Finished("tool_calls", USAGE)), answer("Counted.")]
+    # A repeat of what a dead api process took a moment ago would join that one.
     made = client.interactions.create(
-        model="acme/m", input="count", tools=[{"type": "code_execution"}], background=True
+        model="acme/m",
+        input=f"count to {lines}",
+        tools=[{"type": "code_execution"}],
+        background=True,
     )
     until(lambda: content(client, made.id, "workspace/runs"))
     time.sleep(1.0)
