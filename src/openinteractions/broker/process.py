@@ -21,7 +21,7 @@ from openinteractions.broker.executions import Executions
 from openinteractions.broker.house import House, Parts
 from openinteractions.broker.launcher import Launcher, Recipe, write_bundle
 from openinteractions.broker.listen import Listener, listening
-from openinteractions.broker.registry import Registry, machine
+from openinteractions.broker.registry import Registry
 from openinteractions.broker.rules import Rules
 from openinteractions.broker.server import Desk, create_app, serving
 from openinteractions.broker.store import Card
@@ -30,6 +30,7 @@ from openinteractions.broker.watch import Watch
 from openinteractions.crypto import Sealer, sealer
 from openinteractions.db.engine import LOST, Database
 from openinteractions.errors import AppError, SetupError
+from openinteractions.jobs.runner import machine
 from openinteractions.netguard import Fetcher, Guard
 from openinteractions.resources.credentials.service import Vault
 from openinteractions.sandbox import mounts

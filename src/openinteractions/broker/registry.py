@@ -1,13 +1,10 @@
 """The broker's row: its name taken, its sign of life, and why it cannot serve at present."""
 
 import asyncio
-import os
-import socket
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Final
 
 import structlog
@@ -16,6 +13,7 @@ from openinteractions.broker import store
 from openinteractions.broker.store import Card
 from openinteractions.db.engine import LOST, Database
 from openinteractions.errors import SetupError
+from openinteractions.jobs.runner import is_alive
 
 _log = structlog.get_logger(__name__)
 
@@ -78,7 +76,7 @@ class Registry:
     async def _claim(self, problem: str | None) -> bool:
         found = await store.owner(self._database, self._card.name)
         dead: list[int] = []
-        if found is not None and found[0] == self._card.host and not _is_alive(found[1]):
+        if found is not None and found[0] == self._card.host and not is_alive(found[1]):
             dead.append(found[1])
         return await store.claim_name(
             self._database, self._card, problem=problem, dead=dead, dead_after=_DEAD_AFTER
@@ -105,28 +103,3 @@ class Registry:
                     return
             except LOST as error:
                 _log.warning("broker.beat_failed", error=type(error).__name__)
-
-
-def machine() -> str:
-    """Names this machine as far as process ids mean the same on it: name, boot and namespace."""
-    parts = [socket.gethostname()]
-    try:
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip())
-        parts.append(str(Path("/proc/self/ns/pid").readlink()))
-    except OSError:
-        # Nothing to compare with: another process is never taken for a dead one of this machine.
-        parts.append(os.urandom(8).hex())
-    return "/".join(parts)
-
-
-def _is_alive(pid: int) -> bool:
-    """Whether a process id is in use here; one that was used again counts as alive."""
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -78,8 +78,8 @@ class Member:
     @asynccontextmanager
     async def joined(self) -> AsyncGenerator["Member"]:
         """Be a worker until the context ends; then let the jobs end, or hand them back."""
-        host = _host()
-        buried = await queue.bury(self._database, host=host, is_alive=_is_alive)
+        host = machine()
+        buried = await queue.bury(self._database, host=host, is_alive=is_alive)
         if buried:
             _log.warning("worker.buried", jobs=buried)
         self.worker_id = await self._register()
@@ -124,7 +124,9 @@ class Member:
         return owned is not None and owned.cancelled
 
     async def _register(self) -> int:
-        return await queue.register(self._database, host=_host(), pid=os.getpid(), role=self._role)
+        return await queue.register(
+            self._database, host=machine(), pid=os.getpid(), role=self._role
+        )
 
     async def _guard(self, job_id: UUID, work: Coroutine[Any, Any, None]) -> None:
         try:
@@ -208,7 +210,7 @@ class Member:
         await listen(self._database, queue.CANCEL_CHANNEL, received, lambda: None)
 
 
-def _host() -> str:
+def machine() -> str:
     """Names this machine as far as process ids mean the same on it: name, boot and namespace."""
     parts = [socket.gethostname()]
     try:
@@ -220,7 +222,7 @@ def _host() -> str:
     return "/".join(parts)
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     """Whether a process id is in use here; one that was used again counts as alive."""
     if pid == os.getpid():
         return False

@@ -30,8 +30,6 @@ class RunSpec:
     """Functions of the client, and tools that the vendor runs."""
     own_tools: list[Json] = field(default_factory=list[Json])
     """Tools that this server runs."""
-    environment: str | None = None
-    """Where they run: the environment's UUID, in hexadecimal digits."""
     tool_choice: str | Json | None = None
     generation: Json = field(default_factory=dict[str, Any])
     json_schema: Json | None = None

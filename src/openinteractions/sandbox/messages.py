@@ -155,11 +155,6 @@ def read_exit(fields: Json) -> Exit:
     return Exit(**{name: fields[name] for name in Exit.__slots__ if name in fields})
 
 
-def entry_fields(entry: Entry) -> Json:
-    """A file or folder, as JSON."""
-    return asdict(entry)
-
-
 def read_entry(fields: Json) -> Entry:
     """A file or folder; fields that this version does not know are left out."""
     known: Json = {name: fields.get(name) for name in Entry.__slots__}
