@@ -212,7 +212,7 @@ async def opened(
     patch = pytest.MonkeyPatch()
     # Each stands for a process on a machine of its own: by its process id it would be taken for
     # the one that the test opened before it.
-    patch.setattr(runner, "_host", lambda: uuid4().hex)
+    patch.setattr(runner, "machine", lambda: uuid4().hex)
     try:
         await keys.ensure(database, KEY, name="test")
         async with open_process(chosen, database, role=role) as process:
