@@ -98,7 +98,8 @@ async def test_the_whole_environment_is_a_tar_that_can_be_put_back(tree, tmp_pat
     assert unpacked(await tarred(tree, recursive=False)) == {}
     other = plant(tmp_path / "other")
     await extract(other, "", whole)
-    assert await tarred(other) == whole
+    # But for the time at which a folder got its last file.
+    assert unpacked(await tarred(other)) == unpacked(whole)
     assert await extract(other, "/", whole, overwrite=True) == list(unpacked(whole))
 
 
