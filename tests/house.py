@@ -227,9 +227,9 @@ async def opened(
 
 
 @asynccontextmanager
-async def serving(app: Any) -> AsyncGenerator[str]:
-    """Serve an ASGI application on a free loopback port; gives its base URL."""
-    listener = socket.create_server(("127.0.0.1", 0))
+async def serving(app: Any, port: int = 0) -> AsyncGenerator[str]:
+    """Serve an ASGI application on a free loopback port, or on this one; gives its base URL."""
+    listener = socket.create_server(("127.0.0.1", port))
     config = uvicorn.Config(
         app, lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=1
     )

@@ -137,6 +137,27 @@ async def test_a_form_is_guarded_the_same(site: Site, guarded: Fetcher, host: st
     assert site.hits == []
 
 
+async def test_a_caller_may_refuse_a_url_and_what_a_redirect_leads_to(site: Site, allowed: Fetcher):
+    seen: list[str] = []
+
+    def permits(url: str) -> None:
+        seen.append(url)
+        if url.endswith("/x"):
+            raise Refused("not there")
+
+    base = f"http://127.0.0.1:{site.port}"
+    found = await allowed.fetch(f"{base}/to?u=/y", permits=permits, max_bytes=6)
+    assert (found.data, found.url) == (b"secret", f"{base}/y")
+    with pytest.raises(Refused, match="not there"):
+        await allowed.fetch(f"{base}/to?u=/x", permits=permits)
+    assert seen == [f"{base}/to?u=/y", f"{base}/y", f"{base}/to?u=/x", f"{base}/x"]
+    assert site.hits == ["/to?u=/y", "/y", "/to?u=/x"]
+    with pytest.raises(Invalid, match="larger than 5 bytes"):
+        await allowed.fetch(f"{base}/y", max_bytes=5)
+    with pytest.raises(Invalid, match="larger than 4000 bytes"):
+        await allowed.fetch(f"{base}/big", max_bytes=10_000)
+
+
 async def test_a_form_is_sent_once_and_its_answer_is_bounded(site: Site, allowed: Fetcher):
     base = f"http://127.0.0.1:{site.port}"
     got = await allowed.post_form(f"{base}/x", {"a": "b c"}, {}, max_bytes=6)

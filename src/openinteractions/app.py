@@ -22,6 +22,7 @@ from openinteractions.api.scope import Authenticator, CallerDep
 from openinteractions.errors import Forbidden, NotFound, Unready
 from openinteractions.jobs import overview
 from openinteractions.process import Process
+from openinteractions.resources.agents import routes as agents
 from openinteractions.resources.credentials import routes as credentials
 from openinteractions.resources.environment_files import routes as environment_files
 from openinteractions.resources.environment_files.uploads import Uploads
@@ -32,6 +33,7 @@ from openinteractions.resources.interactions.recent import RecentRows
 from openinteractions.resources.interactions.service import Service
 from openinteractions.resources.webhooks import routes as webhooks
 from openinteractions.settings import Settings
+from openinteractions.wire import agents as wire_agents
 from openinteractions.wire import create as wire_create
 from openinteractions.wire import credentials as wire_credentials
 from openinteractions.wire import environments as wire_environments
@@ -54,7 +56,6 @@ _LOOPBACK = r"(?:localhost|127(?:\.[0-9]{1,3}){3}|\[::1\])(?::[0-9]{1,5})?"
 _LOOPBACK_HOST = re.compile(_LOOPBACK.encode(), re.IGNORECASE)
 _LOOPBACK_ORIGIN = re.compile(b"https?://" + _LOOPBACK.encode(), re.IGNORECASE)
 _STILL_TO_COME = (
-    "agents",
     "triggers",
     "webhooks",
     "decisions",
@@ -98,6 +99,7 @@ def create_app(
     app.state.deliverer = process.deliverer
     app.state.vault = process.vault
     app.state.environments = process.environments
+    app.state.agents = process.agents
     app.state.uploads = Uploads(process.environments, process.sealer)
     app.state.process = process
     app.state.interactions = Service(
@@ -106,6 +108,7 @@ def create_app(
         tail=process.tail,
         runner=process.executor,
         lost=process.lost,
+        sealer=process.sealer,
         recent=RecentRows(),
         retention=settings.retention,
         max_attempts=settings.worker.max_attempts,
@@ -120,6 +123,7 @@ def create_app(
             credentials.router,
             environment_files.router,
             environments.router,
+            agents.router,
             _later(),
         ):
             app.include_router(router, prefix=f"/{version}", include_in_schema=shown)
@@ -331,7 +335,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         )
         components = schema.setdefault("components", {})
         schemas = components.setdefault("schemas", {})
-        for requests in (wire_create, wire_credentials, wire_environments):
+        for requests in (wire_create, wire_credentials, wire_environments, wire_agents):
             schemas.update(requests.request_schemas())
         components["securitySchemes"] = {
             "api_key": {"type": "apiKey", "in": "header", "name": "x-goog-api-key"},

@@ -71,6 +71,25 @@ model_first_seconds = Histogram(
 model_tokens = Counter(
     "oi_model_tokens", "Tokens of upstream calls.", ["provider", "kind"], registry=REGISTRY
 )
+tool_calls = Counter(
+    "oi_tool_calls",
+    "Calls of this server's tools that are over.",
+    ["tool", "outcome"],
+    registry=REGISTRY,
+)
+tool_seconds = Histogram(
+    "oi_tool_seconds",
+    "Duration of calls of this server's tools.",
+    ["tool"],
+    buckets=_SECONDS,
+    registry=REGISTRY,
+)
+tool_calls_active = Gauge(
+    "oi_tool_calls_active",
+    "Calls of this server's tools that run in this process.",
+    ["tool"],
+    registry=REGISTRY,
+)
 events_written = Counter("oi_events_written", "Stream events committed.", registry=REGISTRY)
 event_flush_seconds = Histogram(
     "oi_event_flush_seconds",
@@ -119,7 +138,7 @@ egress = Counter(
 )
 
 
-_Metric = TypeVar("_Metric", Counter, Histogram)
+_Metric = TypeVar("_Metric", Counter, Gauge, Histogram)
 
 
 @lru_cache(maxsize=4096)

@@ -8,7 +8,7 @@ checked, so a name that changes its mind in between gains nothing.
 import base64
 import functools
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from ipaddress import (
@@ -57,6 +57,10 @@ class Unwelcome(Invalid):
         super().__init__(message)
         self.answer = answer
         """The status."""
+
+
+class Unreachable(Invalid):
+    """There is no connection to be had: nothing was sent."""
 
 
 class Guard:
@@ -139,6 +143,8 @@ class Fetched:
     data: bytes
     url: str
     """After redirects."""
+    charset: str | None = None
+    """Of a text, if the answer's header says so."""
 
     def base64(self) -> str:
         """The bytes as standard base64 text."""
@@ -148,30 +154,55 @@ class Fetched:
 class Fetcher:
     """Fetches users' URLs through the guard."""
 
-    def __init__(self, guard: Guard, *, max_bytes: int) -> None:
+    def __init__(self, guard: Guard, *, max_bytes: int, connections: int = 100) -> None:
+        """A fetcher without connections yet.
+
+        Args:
+            guard: Decides.
+            max_bytes: Of one file.
+            connections: At most at once; the next one waits.
+        """
         self._guard = guard
         self.max_bytes = max_bytes
         """Largest file, and most that one interaction fetches in all."""
+        self._connections = connections
         self._session: aiohttp.ClientSession | None = None
 
-    async def fetch(self, url: str) -> Fetched:
+    async def fetch(
+        self,
+        url: str,
+        *,
+        permits: Callable[[str], None] | None = None,
+        headers: Mapping[str, str] | None = None,
+        max_bytes: int | None = None,
+    ) -> Fetched:
         """GET a URL.
+
+        Args:
+            url: Where; redirects are followed.
+            permits: Called with it, and with what each redirect leads to, before anything is sent
+                there; refuses by raising.
+            headers: Sent there, and wherever a redirect leads.
+            max_bytes: Largest answer, if less than the fetcher's own limit.
 
         Raises:
             Refused: It leads to an address that is not public.
+            Unwelcome: It has nothing to give; the error has the status.
             Invalid: It is no http(s) URL, cannot be had, or is too large; the message says so.
         """
         for _ in range(_MAX_REDIRECTS + 1):
             self._check(url)
+            if permits is not None:
+                permits(url)
             try:
                 async with self._open().get(
-                    url, allow_redirects=False, timeout=_TIMEOUT
+                    url, allow_redirects=False, timeout=_TIMEOUT, headers=headers
                 ) as response:
                     target = response.headers.get("Location")
                     if response.status in _REDIRECTS and target:
                         url = urljoin(url, target)
                         continue
-                    return await self._read(response, url)
+                    return await self._read(response, url, max_bytes)
             except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
                 raise _explained(error, url) from error
         raise Invalid(f"Cannot fetch '{_shown(url)}': too many redirects.")
@@ -241,6 +272,46 @@ class Fetcher:
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
             raise _explained(error, url) from error
 
+    async def request(
+        self, method: str, url: str, body: bytes, headers: Mapping[str, str], *, silence_s: float
+    ) -> aiohttp.ClientResponse:
+        """Any request, without following redirects; the caller reads the answer, and closes it.
+
+        Args:
+            method: Of HTTP.
+            url: Where to.
+            body: Sent as it is.
+            headers: Sent with it.
+            silence_s: How long the answer may pause, before and within its body.
+
+        Raises:
+            Refused: It leads to an address that is not public.
+            Unreachable: Nothing was sent.
+            Invalid: It is no http(s) URL, or did not answer; the message says so.
+        """
+        self._check(url)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=silence_s)
+        try:
+            return await self._open().request(
+                method,
+                url,
+                data=body or None,
+                headers=headers,
+                allow_redirects=False,
+                timeout=timeout,
+            )
+        except (
+            aiohttp.ClientConnectorError,
+            aiohttp.ConnectionTimeoutError,
+            aiohttp.InvalidURL,
+        ) as error:
+            explained = _explained(error, url)
+            if isinstance(explained, Refused):
+                raise explained from error
+            raise Unreachable(explained.message) from error
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+            raise _explained(error, url) from error
+
     async def close(self) -> None:
         """Close the connections."""
         if self._session is not None:
@@ -252,7 +323,7 @@ class Fetcher:
                 resolver=_GuardedResolver(self._guard),
                 socket_factory=self._socket,
                 use_dns_cache=False,
-                limit=100,
+                limit=self._connections,
             )
             # No cookies: one project's log-in at a site is not another's.
             self._session = aiohttp.ClientSession(
@@ -283,10 +354,13 @@ class Fetcher:
         if not self._guard.permits(str(literal)):
             raise Refused(f"The host '{host}' is an address that is not public.")
 
-    async def _read(self, response: aiohttp.ClientResponse, url: str) -> Fetched:
+    async def _read(
+        self, response: aiohttp.ClientResponse, url: str, max_bytes: int | None
+    ) -> Fetched:
         _require_ok(response, url)
-        data = await _bounded(response, url, self.max_bytes)
-        return Fetched(response.content_type, data, url)
+        most = self.max_bytes if max_bytes is None else min(max_bytes, self.max_bytes)
+        data = await _bounded(response, url, most)
+        return Fetched(response.content_type, data, url, response.charset)
 
 
 def _require_ok(response: aiohttp.ClientResponse, url: str) -> None:

@@ -24,20 +24,30 @@ from openinteractions.loop.spec import Limits
 from openinteractions.models.catalog import Catalog
 from openinteractions.models.port import Model
 from openinteractions.netguard import Fetcher, Guard
+from openinteractions.resources.agents.service import Agents
 from openinteractions.resources.credentials.service import Vault
 from openinteractions.resources.environments.service import Environments, Rules
 from openinteractions.resources.interactions.lost import LostResponses
 from openinteractions.resources.webhooks.service import Deliverer
+from openinteractions.runs.equip import Equipment
 from openinteractions.runs.executor import Executor
 from openinteractions.runs.history import Cache
 from openinteractions.runs.house import House
+from openinteractions.runs.mcp import McpServers
+from openinteractions.runs.search import SearchBackend, SearchOptions
+from openinteractions.runs.web import Reaches
 from openinteractions.sandbox.client import BrokerClient
 from openinteractions.sandbox.egress.policy import Reach
-from openinteractions.settings import SandboxSettings, Settings
+from openinteractions.settings import SandboxSettings, SearchSettings, Settings
 from openinteractions.worker import deliver, run, upkeep
 
 _log = structlog.get_logger(__name__)
 
+_HOSTED_AGENT_MODELS = ("gemini-3.8-flash", "gemini-3.6-flash")
+"""What the hosted API's agents think with; they are there where a Gemini provider, or an alias, is.
+
+Source: https://ai.google.dev/gemini-api/docs/antigravity-agent
+"""
 _HISTORY_CACHE_BYTES = 64 * 2**20
 
 
@@ -56,6 +66,7 @@ class Process:
     vault: Vault
     sealer: Sealer
     environments: Environments
+    agents: Agents
 
 
 @asynccontextmanager
@@ -72,7 +83,8 @@ async def opened(settings: Settings, database: Database, *, role: str) -> AsyncG
     async with AsyncExitStack() as stack:
         hub, tail = Hub(), Tail(database)
         writer = Writer(database, hub, interval=settings.worker.flush_interval)
-        fetcher = Fetcher(Guard(settings.network.allow), max_bytes=settings.limits.max_fetch_bytes)
+        guard = Guard(settings.network.allow)
+        fetcher = Fetcher(guard, max_bytes=settings.limits.max_fetch_bytes)
         stack.push_async_callback(fetcher.close)
         session = await stack.enter_async_context(
             aiohttp.ClientSession(
@@ -81,7 +93,13 @@ async def opened(settings: Settings, database: Database, *, role: str) -> AsyncG
             )
         )
         local = await _local(settings, session, stack)
-        catalog = Catalog(settings.providers, settings.models, session, local=local)
+        catalog = Catalog(
+            settings.providers,
+            settings.models,
+            session,
+            local=local,
+            local_context_tokens=settings.local.context_tokens // settings.local.parallel,
+        )
         await stack.enter_async_context(Notifier(database, hub).running())
         await stack.enter_async_context(tail.running())
         await stack.enter_async_context(writer.running())
@@ -92,6 +110,9 @@ async def opened(settings: Settings, database: Database, *, role: str) -> AsyncG
         client = BrokerClient(seal.broker_token, tls=_tls(settings.sandbox))
         stack.push_async_callback(client.close)
         environments = Environments(database, client, seal, fetcher, _rules(settings.sandbox))
+        agents = Agents(database, seal, environments)
+        vault = Vault(database, seal, fetcher)
+        stack.push_async_callback(vault.close)
         executor = Executor(
             House(
                 database=database,
@@ -106,13 +127,18 @@ async def opened(settings: Settings, database: Database, *, role: str) -> AsyncG
                     max_steps=settings.limits.max_steps,
                     max_seconds=settings.limits.max_run_time.total_seconds(),
                 ),
-                sandboxes=environments,
+                equipment=Equipment(
+                    sandboxes=environments,
+                    web=_reaches(settings, guard, session, stack),
+                    mcp=_mcp(settings, guard, vault, stack),
+                ),
+                sealer=seal,
+                agents=agents,
+                agent_models=_agent_models(settings),
                 vendor_runs_code=settings.sandbox.code_execution == "vendor",
             )
         )
         deliverer = Deliverer(database, seal, fetcher)
-        vault = Vault(database, seal, fetcher)
-        stack.push_async_callback(vault.close)
         if role != "api":
             await stack.enter_async_context(
                 _working(settings, database, member, executor, deliverer, environments)
@@ -132,6 +158,7 @@ async def opened(settings: Settings, database: Database, *, role: str) -> AsyncG
             vault=vault,
             sealer=seal,
             environments=environments,
+            agents=agents,
         )
         _log.info("process.stopping", role=role, jobs=member.running)
 
@@ -170,6 +197,52 @@ async def _working(
             yield
         finally:
             task.cancel()
+
+
+def _agent_models(settings: Settings) -> list[str]:
+    """What agents think with, the most wanted first."""
+    wanted = [settings.agents.model, *_HOSTED_AGENT_MODELS, settings.models.default]
+    return [model for model in wanted if model is not None] + ["local/default"]
+
+
+def _mcp(settings: Settings, guard: Guard, vault: Vault, stack: AsyncExitStack) -> McpServers:
+    # Calls of tools take their time: they are not to hold up everybody's fetches.
+    slow = Fetcher(guard, max_bytes=settings.limits.max_fetch_bytes, connections=1000)
+    stack.push_async_callback(slow.close)
+    return McpServers(slow, vault)
+
+
+def _reaches(
+    settings: Settings, guard: Guard, session: aiohttp.ClientSession, stack: AsyncExitStack
+) -> Reaches:
+    # Pages of slow sites, likewise.
+    pages = Fetcher(guard, max_bytes=settings.limits.max_fetch_bytes, connections=500)
+    stack.push_async_callback(pages.close)
+    chosen = _search(settings.search)
+    rules = settings.sandbox
+    return Reaches(
+        pages,
+        None if chosen is None else SearchBackend(chosen, session),
+        default=Reach(rules.network.mode, rules.network.domains),
+        ceiling=Reach(rules.ceiling.mode, rules.ceiling.domains),
+    )
+
+
+def _search(settings: SearchSettings) -> SearchOptions | None:
+    if settings.kind is None:
+        return None
+    return SearchOptions(
+        kind=settings.kind,
+        url=settings.url,
+        api_key=settings.key(),
+        results=settings.results,
+        timeout=settings.timeout,
+        key_header=settings.key_header,
+        results_field=settings.results_field,
+        title_field=settings.title_field,
+        url_field=settings.url_field,
+        snippet_field=settings.snippet_field,
+    )
 
 
 def _rules(settings: SandboxSettings) -> Rules:

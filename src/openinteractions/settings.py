@@ -11,7 +11,7 @@ import tomllib
 from datetime import timedelta
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -22,6 +22,7 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
     field_validator,
+    model_validator,
 )
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -69,6 +70,24 @@ class _Group(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+def _looked_up(secret: SecretStr | None) -> str | None:
+    """An API key, with `env:NAME` looked up.
+
+    Raises:
+        SetupError: The named variable is not set.
+    """
+    if secret is None:
+        return None
+    text = secret.get_secret_value()
+    if not text.startswith("env:"):
+        return text
+    name = text.removeprefix("env:")
+    value = os.environ.get(name)  # noqa: TID251 - settings are the entry point
+    if not value:
+        raise SetupError(f"api_key = {text!r}: the environment variable {name} is not set")
+    return value
+
+
 class ProviderSettings(_Group):
     """One upstream, addressed as `<name>/<model>`."""
 
@@ -91,16 +110,7 @@ class ProviderSettings(_Group):
         Raises:
             SetupError: The named variable is not set.
         """
-        if self.api_key is None:
-            return None
-        text = self.api_key.get_secret_value()
-        if not text.startswith("env:"):
-            return text
-        name = text.removeprefix("env:")
-        value = os.environ.get(name)  # noqa: TID251 - settings are the entry point
-        if not value:
-            raise SetupError(f"api_key = {text!r}: the environment variable {name} is not set")
-        return value
+        return _looked_up(self.api_key)
 
 
 class PriceSettings(_Group):
@@ -122,6 +132,8 @@ class ModelSettings(_Group):
     """`provider/model` → those to try, in order, while it stays down."""
     prices: dict[str, PriceSettings] = Field(default_factory=dict)
     """Model ID → price."""
+    context_tokens: dict[str, Annotated[int, Field(ge=1024)]] = Field(default_factory=dict)
+    """Model ID → its context window, in tokens; overrides the packaged table."""
     attempts: int = Field(default=4, ge=1, le=20)
     """Tries of one model for one turn before the next in the chain, the first included."""
     max_retry_wait: Duration = timedelta(seconds=30)
@@ -140,6 +152,52 @@ class NetworkSettings(_Group):
 
     allow: list[IPv4Network | IPv6Network] = Field(default_factory=list[IPv4Network | IPv6Network])
     """Private ranges that the SSRF guard lets users' URLs reach."""
+
+
+class SearchSettings(_Group):
+    """The backend that the tool `google_search` asks where the vendor has no search of its own."""
+
+    kind: Literal["searxng", "brave", "tavily", "json"] | None = None
+    """What it is; without one, `google_search` works with Gemini models only."""
+    url: str | None = None
+    """Root of a SearXNG; of `json` a template with `{query}` and, if need be, `{limit}`; else the
+    vendor's public address if left out."""
+    api_key: SecretStr | None = None
+    """A literal, or `env:NAME` to read an environment variable."""
+    results: int = Field(default=8, ge=1, le=20)
+    """Most results of one query."""
+    timeout: Duration = timedelta(seconds=15)
+    """Longest that one request to it may take."""
+    key_header: str = "Authorization"
+    """Of `json`: the header of the key; `Authorization` gets `Bearer` before it."""
+    results_field: str = "results"
+    """Of `json`: where the list of results lies, as names with dots between; empty: the answer is
+    the list."""
+    title_field: str = "title"
+    """Of `json`: a result's title, likewise."""
+    url_field: str = "url"
+    """Of `json`: a result's URL, likewise."""
+    snippet_field: str = "snippet"
+    """Of `json`: a result's excerpt, likewise."""
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        """Refuse what could not be asked."""
+        if self.kind in ("searxng", "json") and not self.url:
+            raise ValueError(f"search.kind = {self.kind!r} needs search.url")
+        if self.kind == "json" and "{query}" not in (self.url or ""):
+            raise ValueError("search.url needs a {query} where the query belongs")
+        if self.kind in ("brave", "tavily") and self.api_key is None:
+            raise ValueError(f"search.kind = {self.kind!r} needs search.api_key")
+        return self
+
+    def key(self) -> str | None:
+        """The API key, with `env:NAME` looked up.
+
+        Raises:
+            SetupError: The named variable is not set.
+        """
+        return _looked_up(self.api_key)
 
 
 class LimitSettings(_Group):
@@ -341,6 +399,7 @@ class Settings(BaseSettings):
     models: ModelSettings = Field(default_factory=ModelSettings)
     agents: AgentSettings = Field(default_factory=AgentSettings)
     network: NetworkSettings = Field(default_factory=NetworkSettings)
+    search: SearchSettings = Field(default_factory=SearchSettings)
     limits: LimitSettings = Field(default_factory=LimitSettings)
     worker: WorkerSettings = Field(default_factory=WorkerSettings)
     sandbox: SandboxSettings = Field(default_factory=SandboxSettings)

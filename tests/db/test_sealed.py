@@ -79,6 +79,13 @@ async def test_every_column_can_be_sealed_anew(database: Database):
         project,
         OLD.seal(b"5", purpose=sealed.interaction_purpose(project, key)),
     )
+    await execute(
+        database,
+        "insert into agent_versions (project_id, agent_id, version, public, sealed) "
+        "values ($1, 'a', 2, '{}', $2)",
+        project,
+        OLD.seal(b"6", purpose=sealed.agent_purpose(project, "a", 2)),
+    )
     for one in sealed.COLUMNS:
         assert await sealed.reseal(database, NEW, one) == sealed.Count(seen=1, changed=1)
         assert await sealed.reseal(database, NEW, one) == sealed.Count(seen=1)
@@ -88,6 +95,7 @@ async def test_every_column_can_be_sealed_anew(database: Database):
         "credentials.token_sealed": (sealed.access_token_purpose(project, "a"), b"2"),
         "environments.sealed": (sealed.environment_purpose(project, key), b"4"),
         "interactions.sealed": (sealed.interaction_purpose(project, key), b"5"),
+        "agent_versions.sealed": (sealed.agent_purpose(project, "a", 2), b"6"),
     }
     for one in sealed.COLUMNS:
         ((value,),) = await execute(database, f"select {one.column} from {one.table.name}")

@@ -1,13 +1,14 @@
 """A run on a scripted model: real loop, ports that keep what they are given."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import orjson
+from tests.tools.files import Files
 
 from openinteractions.errors import ModelUnavailable, NotFound
 from openinteractions.events.types import Event
@@ -18,8 +19,8 @@ from openinteractions.loop.spec import RunSpec, RunState
 from openinteractions.models.catalog import Price, Target
 from openinteractions.models.port import Finished, Json, ModelCall, ModelEvent, TextDelta
 from openinteractions.models.port import Warning as Downgrade
-from openinteractions.tools.port import Done
-from openinteractions.tools.toolbox import toolbox
+from openinteractions.tools.port import Done, Means, Tool
+from openinteractions.tools.toolbox import Toolbox, toolbox
 
 USAGE = {"total_input_tokens": 100, "total_output_tokens": 20, "total_tokens": 120}
 
@@ -95,6 +96,9 @@ class Past:
         shown = for_model(steps, provider=target.provider, model=target.model)
         return target.adapter.compile(shown, target.model)
 
+    async def steps(self, max_chars: int) -> list[Json]:
+        return []
+
 
 @dataclass
 class Notebook:
@@ -123,7 +127,7 @@ class Notebook:
 
 
 @dataclass
-class Bench:
+class Bench(Files):
     """A workplace that keeps what it was asked, and ends commands as the test says."""
 
     ends: list[Done | Exception] = field(default_factory=list)
@@ -210,6 +214,8 @@ async def play(
     earlier: Sequence[bytes] = (),
     attempts: int = 3,
     bench: Bench | None = None,
+    box: Mapping[str, Tool] | None = None,
+    inputs: Sequence[Json] | None = None,
     **spec: Any,
 ) -> Scene:
     """Drive a run over these models, each the fallback of the one before."""
@@ -220,13 +226,15 @@ async def play(
     run = Run(
         RunSpec(chain=spec.pop("chain", names), **spec),
         state or RunState(),
-        inputs=[said("hi", kind="user_input")],
+        inputs=[said("hi", kind="user_input")] if inputs is None else inputs,
         generated=generated,
         ports=Ports(
             models=Models(dict(zip(names, models, strict=True)), price),
             history=Past(list(earlier)),
             journal=journal,
-            tools=toolbox(spec.get("own_tools", ()), bench),
+            tools=toolbox(spec.get("own_tools", ()), Means(workplace=bench))
+            if box is None
+            else Toolbox(box),
             purse=purse,
             patience=Patience(attempts, timedelta(milliseconds=20)),
         ),

@@ -1,5 +1,7 @@
 """Server-side tools in the loop: committed before they run, run once, and never left open."""
 
+import re
+
 import orjson
 import pytest
 from tests.loop.stage import Bench, ScriptedModel, answer, down, play, said
@@ -147,6 +149,76 @@ async def test_open_figures_are_images():
     image = {"type": "image", "mime_type": "image/png", "data": PNG}
     assert scene.steps[1]["result"] == [{"type": "text", "text": "drawn\n"}, image, image]
     assert [key for key, _, _ in bench.executed] == ["1", "1.figures"]
+
+
+def in_order(count: int) -> str:
+    return "".join(f"line {number}\n" for number in range(count))
+
+
+@pytest.mark.parametrize("language", ["python", "bash"])
+async def test_of_a_long_output_two_ends_are_shown_and_a_file_has_the_whole(language):
+    text = in_order(100_000)
+    bench = Bench([done(text, code=1)])
+    model = ScriptedModel([runs("x", language), FINISHED], answer("ok"))
+    scene = await play(model, bench=bench, own_tools=CODE)
+    ((path, kept),) = bench.files.items()
+    assert kept.decode() == text
+    shown = scene.steps[1]["result"]
+    head, mark, tail = re.split(r"\n\[… (.*) …]\n", shown)
+    name = path.removeprefix("home/outputs/")
+    assert name.startswith("1-")
+    assert name.endswith(".txt")
+    left_out = len(text) - len(head) - len(tail.removesuffix("[Exit code 1.]"))
+    assert mark == f"{left_out} bytes left out; the whole output is in /home/agent/outputs/{name}"
+    assert text.startswith(head + "\n")
+    assert tail.endswith("line 99999\n[Exit code 1.]")
+    assert re.match(r"line \d+\n", tail)
+    assert 20_000 < len(shown) < 25_000
+
+
+async def test_a_taken_over_call_keeps_its_output_once():
+    bench = Bench([done(in_order(9000)), done(in_order(9000)), done(in_order(9001))])
+    for _ in range(3):
+        generated = [call_step("1", "bash")]
+        await play(ScriptedModel(answer("ok")), bench=bench, own_tools=CODE, generated=generated)
+    # The same output of the same call, and then another turn's with the same key.
+    assert len(bench.changes) == 3
+    assert len(bench.files) == 2
+
+
+async def test_an_output_of_which_not_all_was_kept_does_not_claim_it():
+    bench = Bench([done("é" * 300_000, truncated=True)])
+    model = ScriptedModel([runs("x", "bash"), FINISHED], answer("ok"))
+    shown = (await play(model, bench=bench, own_tools=CODE)).steps[1]["result"]
+    assert "whole output" not in shown
+    assert "what was kept of the output, 1 MiB of it, is in /home/agent/outputs/1-" in shown
+    assert len(shown.encode()) < 25_000
+
+
+@pytest.mark.parametrize(
+    "error",
+    [Unready("Away."), NotFound("Gone."), SandboxError("Broken."), TimeoutError()],
+    ids=repr,
+)
+async def test_an_output_that_cannot_be_kept_is_shown_all_the_same(error):
+    def fail(_: str) -> None:
+        raise error
+
+    bench = Bench([done(in_order(9000))], disturb=fail)
+    model = ScriptedModel([runs("x", "bash"), FINISHED], answer("ok"))
+    step = (await play(model, bench=bench, own_tools=CODE)).steps[1]
+    assert not step["is_error"]
+    assert "bytes left out …]" in step["result"]
+    assert "/home/agent" not in step["result"]
+
+
+async def test_an_output_that_is_not_long_is_whole_and_in_no_file():
+    text = "x" * 24 * 1024
+    bench = Bench([done(text)])
+    model = ScriptedModel([runs("x", "bash"), FINISHED], answer("ok"))
+    scene = await play(model, bench=bench, own_tools=CODE)
+    assert scene.steps[1]["result"] == text
+    assert bench.files == {}
 
 
 async def test_an_unknown_language_and_code_that_is_too_long():

@@ -199,7 +199,7 @@ async def test_forged_cursors_are_an_answer_and_never_a_crash(server: Server, st
 async def test_a_thought_with_its_signature_can_be_resumed(server: Server):
     """From the steps, a signature follows the summary, as in the log."""
     from openinteractions.loop.turn import Turn  # noqa: PLC0415 - only here
-    from openinteractions.resources.interactions.stream import _step_events  # noqa: PLC0415
+    from openinteractions.events.steps import step_events  # noqa: PLC0415
 
     shown: list = []
     grown = Turn(lambda *events: shown.extend(events), first_index=0, provider="p", model="m")
@@ -208,7 +208,7 @@ async def test_a_thought_with_its_signature_can_be_resumed(server: Server):
     grown.add(Finished("stop", {}))
     for index, step in enumerate(grown.steps):
         mine = [event for event in shown if event.position.index == index]
-        from_steps = list(_step_events(index, step))
+        from_steps = list(step_events(index, step))
         assert {e.position for e in from_steps} <= {e.position for e in mine}
         assert from_steps[-2].position == mine[-2].position
 

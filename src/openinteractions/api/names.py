@@ -18,4 +18,11 @@ class _Environment(Convertor[str]):
         return value
 
 
+class _Agent(_Environment):
+    """The same for an agent's id: `{name:agent}`."""
+
+    regex = "(?:agents/)?[^/]+"
+
+
 register_url_convertor("environment", _Environment())
+register_url_convertor("agent", _Agent())

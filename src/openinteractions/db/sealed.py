@@ -45,6 +45,11 @@ def interaction_purpose(project_id: UUID, interaction_id: UUID) -> str:
     return f"interaction:{project_id.hex}:{interaction_id.hex}"
 
 
+def agent_purpose(project_id: UUID, agent_id: str, version: int) -> str:
+    """Of the secrets in one version of an agent's definition."""
+    return f"agent:{project_id.hex}:{agent_id}@{version}"
+
+
 @dataclass(frozen=True, slots=True)
 class Sealed:
     """A column, and the purpose that its values are sealed for."""
@@ -76,6 +81,12 @@ COLUMNS = (
     ),
     Sealed(
         tables.interactions, "sealed", lambda row: interaction_purpose(row["project_id"], row["id"])
+    ),
+    Sealed(
+        tables.agent_versions,
+        "sealed",
+        lambda row: agent_purpose(row["project_id"], row["agent_id"], row["version"]),
+        ("project_id", "agent_id", "version"),
     ),
 )
 """A test holds this list against the tables."""

@@ -406,6 +406,44 @@ credentials = Table(
     _moment("updated_at", default=True),
 )
 
+agents = Table(
+    "agents",
+    metadata,
+    Column("project_id", Uuid, primary_key=True),
+    # Chosen by the caller.
+    Column("id", Text, primary_key=True),
+    # The current one. One that is made again under the id of a deleted one counts on from there, so
+    # that a pinned version never becomes another; those before `first_version` are the deleted's.
+    Column("version", Integer, nullable=False),
+    Column("first_version", Integer, nullable=False),
+    _moment("created_at", default=True),
+    _moment("deleted_at"),
+    # Serves: GET /agents, newest first, in keyset pages.
+    Index(
+        None,
+        "project_id",
+        text("created_at desc"),
+        text("id desc"),
+        postgresql_where=text("deleted_at is null"),
+    ),
+)
+
+agent_versions = Table(
+    "agent_versions",
+    metadata,
+    Column("project_id", Uuid, primary_key=True),
+    Column("agent_id", Text, primary_key=True),
+    Column("version", Integer, primary_key=True),
+    # The definition as its caller sees it again, as a JSON object.
+    Column("public", LargeBinary, nullable=False),
+    # `tools` and `base_environment` with their secrets, encrypted JSON; null: they have none.
+    Column("sealed", LargeBinary),
+    # environments.id: what calls get copies of, where `base_environment` has sources. Made with
+    # the first call, and again once it has expired.
+    Column("template_id", Uuid),
+    _moment("created_at", default=True),
+)
+
 egress_log = Table(
     "egress_log",
     metadata,

@@ -3,9 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import orjson
+
 from openinteractions.errors import EngineError
 from openinteractions.loop.spec import Limits, RunState
 from openinteractions.models.catalog import Price
+from openinteractions.models.port import Json
 
 _BYTES_PER_TOKEN = 4
 _MEDIA_BYTES = 64 * 1024
@@ -18,9 +21,11 @@ class BudgetSpent(EngineError):
     code = "budget_exceeded"
 
 
-def estimate_tokens(messages: Sequence[bytes], system: str | None) -> int:
+def estimate_tokens(
+    messages: Sequence[bytes], system: str | None, tools: Sequence[Json] = ()
+) -> int:
     """About how many tokens an input is, from its size: four bytes each, media a flat rate."""
-    total = len(system or "")
+    total = len(system or "") + (len(orjson.dumps(tools)) if tools else 0)
     media = 0
     for message in messages:
         if len(message) > _MEDIA_BYTES and b"base64" in message[:4096] + message[-4096:]:

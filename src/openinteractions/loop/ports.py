@@ -40,6 +40,14 @@ class History(Protocol):
         """The running interaction's steps as this model's messages; raises like `messages`."""
         ...
 
+    async def steps(self, max_chars: int) -> list[Json]:
+        """What a model sees of the turns before, as steps without media, for a transcript.
+
+        Args:
+            max_chars: About how much, as JSON; where there is more, the newest.
+        """
+        ...
+
 
 class Journal(Protocol):
     """Where a run's progress is written, under its lease."""

@@ -9,11 +9,24 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import structlog
 
-from openinteractions.errors import Invalid, ModelError, ModelRejected, ModelUnavailable, NotFound
-from openinteractions.loop.context import NOTE, open_calls, resumption_note
+from openinteractions import ids
+from openinteractions.errors import (
+    ContextOverflow,
+    Invalid,
+    ModelError,
+    ModelRejected,
+    ModelUnavailable,
+    NotFound,
+)
+from openinteractions.loop import deferred, repeats
+from openinteractions.loop.approval import Asking, Supervised
+from openinteractions.loop.calls import Calls
+from openinteractions.loop.citations import annotations, sources
+from openinteractions.loop.context import NOTE, compacts, open_calls, resumption_note
 from openinteractions.loop.limits import (
     BudgetSpent,
     cost_nanousd,
@@ -23,12 +36,14 @@ from openinteractions.loop.limits import (
 )
 from openinteractions.loop.meter import Meter
 from openinteractions.loop.ports import Ports
+from openinteractions.loop.record import Record
+from openinteractions.loop.room import Room
 from openinteractions.loop.spec import RunSpec, RunState
 from openinteractions.loop.structured import arguments_mismatch, text_mismatch
-from openinteractions.loop.turn import RPC_UNAVAILABLE, Turn, whole_step_events
+from openinteractions.loop.turn import RPC_UNAVAILABLE, Turn
 from openinteractions.models.catalog import Target
 from openinteractions.models.port import Json, Media, ModelCall, ToolCall, Warning  # noqa: A004 - the contract's word
-from openinteractions.tools.port import Tool
+from openinteractions.tools.port import Means
 from openinteractions.tools.toolbox import toolbox
 from openinteractions.wire.usage import add_usage
 
@@ -38,6 +53,16 @@ _MAX_REPAIRS = 2
 _FIRST_WAIT_S = 0.5
 _RPC_INVALID = 3
 _MALFORMED_CHARS = 200
+_NO_ANSWER: Json = {
+    "type": "user_input",
+    "content": [
+        {
+            "type": "text",
+            "text": "You ended without an answer. If something is left to do, do it now; else say "
+            "what was done, what came out, where files lie, and what is uncertain.",
+        }
+    ],
+}
 _OTHER_MODEL_MAY_HELP = frozenset({401, 403, 404})
 
 
@@ -72,17 +97,32 @@ class Run:
     ) -> None:
         self.spec = spec
         self.state = state
-        self.generated: list[Json] = list(generated)
-        """Every step that this interaction has generated, committed or not."""
-        self.uncommitted: list[Json] = []
-        """Those at its end that the finish has to write."""
-        self._inputs = list(inputs)
         self._ports = ports
+        self._tools = Supervised(ports.tools, spec.approve) if spec.approve else ports.tools
+        self._record = Record(
+            ports.journal,
+            state,
+            inputs=inputs,
+            generated=generated,
+            is_counted=spec.agent is not None,
+        )
+        self._calls = Calls(self._record, state, self._tools)
+        self._room = None if spec.agent is None else Room(self._record, ports, self._account)
         self._turn: Turn | None = None
         self._feedback: list[Json] = []
         self._clamped = False
         self._began = time.monotonic()
         self._earlier_s = state.seconds
+
+    @property
+    def generated(self) -> list[Json]:
+        """Every step that this interaction has generated, committed or not."""
+        return self._record.generated
+
+    @property
+    def uncommitted(self) -> list[Json]:
+        """Those at its end that the finish has to write."""
+        return self._record.uncommitted
 
     async def drive(self) -> Outcome:
         """Run to the end, or to the run's limit of time.
@@ -121,10 +161,8 @@ class Run:
         """Close what was under way: what it has shown stays, marked, and what runs is stopped."""
         turn, self._turn = self._turn, None
         if turn is not None:
-            self._keep(turn.break_off(code, message, starts_anew=False))
-        for index, step, tool in self._own_open_calls():
-            await tool.stop(self._key(index))
-            self._add(_answered(tool.failure(message), step))
+            self._record.keep(turn.break_off(code, message, starts_anew=False))
+        await self._calls.stop_open(message)
 
     # ---- asking
 
@@ -161,16 +199,13 @@ class Run:
 
     async def _ask_patiently(self, target: Target, failures: list[str]) -> Turn:
         attempt = 0
+        has_overflown = False
         while True:
             attempt += 1
-            turn = Turn(
-                self._ports.journal.show,
-                first_index=len(self.generated),
-                provider=target.provider,
-                model=target.model,
-            )
+            messages = await self._messages(target)
+            turn = self._new_turn(target)
             try:
-                await self._stream(target, turn)
+                await self._stream(target, turn, messages)
             except ModelUnavailable as error:
                 await self._broke_off(turn, error)
                 _log.warning(
@@ -184,19 +219,49 @@ class Run:
                     raise
                 failures.append(f"{target.id}: {error.message}")
                 await asyncio.sleep(self._wait(attempt, error.retry_after_s))
-            except ModelError:
+            except ModelError as error:
                 await self._broke_off(turn, None)
-                raise
+                room = self._room
+                is_long = isinstance(error, ContextOverflow) and not has_overflown
+                if room is None or not is_long or not room.can_be_made:
+                    raise
+                has_overflown = True
+                await room.make(target)
             else:
                 return turn
+
+    async def _messages(self, target: Target) -> list[bytes]:
+        """What the model is shown; an agent's conversation is shortened where it has to be."""
+        messages = await self._all_messages(target)
+        room = self._room
+        if room is None or not room.is_scarce(target, messages, self.spec.system):
+            return messages
+        await room.make(target)
+        return await self._all_messages(target)
+
+    async def _all_messages(self, target: Target) -> list[bytes]:
+        own = [*self._record.inputs, *self.generated, *self._repair(), *self._feedback]
+        earlier = () if compacts(self.generated) else await self._ports.history.messages(target)
+        return [*earlier, *await self._ports.history.own(own, target)]
+
+    def _new_turn(self, target: Target) -> Turn:
+        pages = sources(self.generated)
+        return Turn(
+            self._ports.journal.show,
+            first_index=len(self.generated),
+            provider=target.provider,
+            model=target.model,
+            cite=partial(annotations, pages=pages) if pages else None,
+            usage_before=None if self.spec.agent is None else self.state.usage,
+        )
 
     def _wait(self, attempt: int, asked: float | None) -> float:
         longest = self._ports.patience.max_wait.total_seconds()
         backoff = _FIRST_WAIT_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
         return min(longest, max(backoff, asked or 0.0))
 
-    async def _stream(self, target: Target, turn: Turn) -> None:
-        call, worst = await self._call(target)
+    async def _stream(self, target: Target, turn: Turn, messages: Sequence[bytes]) -> None:
+        call, worst = await self._call(target, messages)
         if self._ports.purse is not None:
             await self._ports.purse.reserve(**worst)
         self._turn = turn
@@ -225,15 +290,12 @@ class Run:
             return event
         return Media(await self._ports.journal.by_uri(event.content, self.spec.media_url))
 
-    async def _call(self, target: Target) -> tuple[ModelCall, dict[str, int]]:
-        messages = [
-            *await self._ports.history.messages(target),
-            *await self._ports.history.own(
-                [*self._inputs, *self.generated, *self._repair(), *self._feedback], target
-            ),
-        ]
+    async def _call(
+        self, target: Target, messages: Sequence[bytes]
+    ) -> tuple[ModelCall, dict[str, int]]:
         generation = dict(self.spec.generation)
-        tokens = estimate_tokens(messages, self.spec.system) if self._is_limited else 0
+        tools = self._declared()
+        tokens = estimate_tokens(messages, self.spec.system, tools) if self._is_limited else 0
         room = room_for_output(
             self.spec.limits, self.state, input_tokens=tokens, price=target.price
         )
@@ -244,15 +306,27 @@ class Run:
         self._clamped = room is not None and (asked is None or room < asked)
         if self._clamped:
             generation["max_output_tokens"] = room
-        call = call_for(self.spec, target, messages, generation, is_free=self._has_called)
+        call = call_for(
+            self.spec,
+            target,
+            messages,
+            generation,
+            tools=tools,
+            is_free=self._has_called,
+        )
         output = int(generation.get("max_output_tokens") or 0)
         price = target.price
         worst = round(tokens * price.input + output * price.output) if price else 0
         return call, {"tokens": tokens + output, "nanousd": worst}
 
+    def _declared(self) -> list[Json]:
+        """What the model can call now."""
+        steps = [*self._record.inputs, *self.generated]
+        return [*deferred.declared(self.spec.tools, steps), *self._tools.declarations()]
+
     @property
     def _has_called(self) -> bool:
-        return any(self._ports.tools.of_step(step) for step in self.generated)
+        return any(self._tools.of_step(step) for step in self.generated)
 
     @property
     def _is_limited(self) -> bool:
@@ -291,48 +365,42 @@ class Run:
     async def _start_anew(self, turn: Turn, kind: str, text: str) -> None:
         """Put the note after a broken turn, and make both durable before the model is asked."""
         turn.add_whole(resumption_note(kind=kind, text=text, discards=len(turn.steps)))
-        await self._commit(turn.steps)
+        await self._record.commit(turn.steps)
 
     # ---- executing
 
     async def _take_up(self) -> Outcome | None:
-        """Go on with the calls that an earlier owner has committed; None to ask the model."""
+        """Go on with the calls that are committed, or approved; None to ask the model."""
+        if not self.generated and self.spec.approved:
+            await self._carry_out_approved()
         if not self.generated:
             return None
-        await self._run_calls()
-        return self._parked()
+        return await self._run_calls()
 
-    async def _run_calls(self) -> None:
-        """Execute the committed calls that have no result yet, and commit each result."""
-        for index, step, tool in self._own_open_calls():
-            problem = arguments_mismatch(step["arguments"], tool.declaration())
-            if problem is not None:
-                result = tool.failure(f"Not executed: {problem}.")
-            elif self._is_out_of_steps:
-                result = tool.failure(f"Not executed: {self._steps_reached()}")
-            else:
-                result = await tool.run(step, self._key(index))
-            self._add(_answered(result, step))
-            await self._commit(())
+    async def _carry_out_approved(self) -> None:
+        for approved in self.spec.approved:
+            tool = self._ports.tools.find(approved["tool"])
+            if tool is None:
+                raise Failed("failed", "tool_missing", f"There is no tool '{approved['tool']}'.")
+            call = ToolCall(ids.call_id(), approved["tool"], approved["arguments"])
+            self._record.add({**tool.call_step(call), "id": call.id})
+        await self._record.commit()
 
-    def _parked(self) -> Outcome | None:
-        """The run waits for its caller, where a function of the caller's was called."""
-        waits = any(step["type"] == "function_call" for _, step in open_calls(self.generated))
-        return Outcome("requires_action") if waits else None
+    async def _run_calls(self) -> Outcome | None:
+        """Execute what is open; an outcome where the run waits for its caller, or runs in circles.
 
-    def _own_open_calls(self) -> list[tuple[int, Json, Tool]]:
-        found = [(i, s, self._ports.tools.of_step(s)) for i, s in open_calls(self.generated)]
-        return [(index, step, tool) for index, step, tool in found if tool is not None]
+        A function call of the caller's is answered by another interaction.
+        """
+        await self._calls.run_open(self._refusal)
+        if any(step["type"] == "function_call" for _, step in open_calls(self.generated)):
+            return Outcome("requires_action")
+        if repeats.is_stuck(self.generated):
+            message = "The same call had the same result again and again: the run was ended."
+            return Outcome("incomplete", [{"code": "loop_detected", "message": message}])
+        return None
 
-    def _key(self, index: int) -> str:
-        """Names a call for good: its step, as GET numbers the interaction's steps (ruling R4)."""
-        return str(len(self._inputs) + index)
-
-    def _add(self, step: Json) -> None:
-        """Add a whole step, which is shown when it is committed."""
-        if self._ports.journal.show is not None:
-            self._ports.journal.hold(*whole_step_events(len(self.generated), step))
-        self._keep([step])
+    def _refusal(self) -> str | None:
+        return self._steps_reached() if self._is_out_of_steps else None
 
     # ---- judging
 
@@ -343,25 +411,37 @@ class Run:
         if turn.calls:
             return await self._judge_calls(turn)
         if finished.reason == "max_tokens":
-            self._keep(turn.close())
+            self._record.keep(turn.close())
             if self._clamped:
                 message = "The answer reached the room that the run's limits left."
                 raise Failed("budget_exceeded", "budget_exceeded", message)
             return Outcome("incomplete")
         if finished.reason == "content_filter":
-            self._keep(turn.close())
+            self._record.keep(turn.close())
             status = "incomplete" if turn.steps else "failed"
             message = finished.message or "The model's vendor filtered the content."
             raise Failed(status, "content_filter", message)
+        if self._says_nothing(turn):
+            self.state.repairs += 1
+            self._record.keep(turn.close())
+            self._feedback.append(_NO_ANSWER)
+            return None
         schema = self.spec.json_schema
         problem = text_mismatch(turn.text(), schema) if schema is not None else None
         if problem is None:
-            self._keep(turn.close())
+            self._record.keep(turn.close())
             return Outcome("completed")
         return await self._repair_answer(turn, problem)
 
+    def _says_nothing(self, turn: Turn) -> bool:
+        """Whether an agent has ended without a word, and was not told so yet."""
+        is_silent = not turn.text().strip() and not any(
+            step["type"] == "model_output" for step in turn.steps
+        )
+        return self.spec.agent is not None and is_silent and self.state.repairs < _MAX_REPAIRS
+
     async def _judge_calls(self, turn: Turn) -> Outcome | None:
-        declared = [*self.spec.tools, *self._ports.tools.declarations()]
+        declared = [*self.spec.tools, *self._tools.declarations()]
         functions = {tool["name"]: tool for tool in declared if tool["type"] == "function"}
         problems = [self._problem(call, functions) for call in turn.calls]
         if any(problems) and self.state.repairs < _MAX_REPAIRS:
@@ -371,13 +451,13 @@ class Run:
             (c for c in turn.calls if c.malformed is not None or c.name not in functions), None
         )
         if hopeless is not None:
-            self._keep(turn.close())
+            self._record.keep(turn.close())
             what = "a function that does not exist"
             if hopeless.malformed is not None:
                 what = "arguments that are not a JSON object"
             message = f"The model called {hopeless.name!r}: {what}."
             raise Failed("failed", "invalid_tool_call", message)
-        turn.reveal_calls(self._ports.tools, self._ports.journal.hold)
+        turn.reveal_calls(self._tools, self._ports.journal.hold)
         warnings = [
             Warning("arguments_mismatch", f"steps.{call.name}.arguments", problem)
             for call, problem in zip(turn.calls, problems, strict=True)
@@ -387,13 +467,12 @@ class Run:
 
     async def _act(self, turn: Turn, warnings: list[Warning]) -> Outcome | None:
         """Do what a turn's calls ask for; None to ask the model again."""
-        if all(self._ports.tools.find(call.name) is None for call in turn.calls):
-            self._keep(turn.steps)
+        if all(self._tools.find(call.name) is None for call in turn.calls):
+            self._record.keep(turn.steps)
             return Outcome("requires_action", warnings=warnings)
         self.state.repairs = 0
-        await self._commit(turn.steps)
-        await self._run_calls()
-        outcome = self._parked()
+        await self._record.commit(turn.steps)
+        outcome = await self._run_calls()
         if outcome is not None:
             outcome.warnings += warnings
         return outcome
@@ -402,14 +481,15 @@ class Run:
         """What is wrong with a call; what is wrong with a tool's of ours is its result."""
         if call.malformed is not None:
             return f"the arguments are not a JSON object: {call.malformed[:_MALFORMED_CHARS]}"
-        if self._ports.tools.find(call.name) is not None:
+        tool = self._tools.find(call.name)
+        if tool is not None and not isinstance(tool, Asking):
             return None
         return arguments_mismatch(call.arguments, functions.get(call.name))
 
     def _ask_for_better_calls(self, turn: Turn, problems: Sequence[str | None]) -> None:
         """Tell the model what is wrong with its calls. No reader has seen them."""
         self.state.repairs += 1
-        self._keep(turn.close())
+        self._record.keep(turn.close())
         calls = turn.call_steps()
         self._feedback += calls
         for call, problem in zip(calls, problems, strict=True):
@@ -428,7 +508,7 @@ class Run:
 
     async def _repair_answer(self, turn: Turn, problem: str) -> None:
         if self.state.repairs >= _MAX_REPAIRS:
-            self._keep(turn.close())
+            self._record.keep(turn.close())
             message = f"The answer does not obey response_format: {problem}"
             raise Failed("failed", "schema_mismatch", message)
         self.state.repairs += 1
@@ -458,22 +538,6 @@ class Run:
             {"type": "user_input", "content": [{"type": "text", "text": ask}]},
         ]
 
-    # ---- keeping
-
-    def _keep(self, steps: Sequence[Json]) -> None:
-        self.generated += steps
-        self.uncommitted += steps
-
-    async def _commit(self, steps: Sequence[Json]) -> None:
-        self._keep(steps)
-        fresh, self.uncommitted = self.uncommitted, []
-        await self._ports.journal.commit(fresh, self.state)
-
-
-def _answered(result: Json, call: Json) -> Json:
-    """A result's step, bound to its call."""
-    return {**result, "call_id": call["id"]}
-
 
 def _freed(choice: str | Json | None) -> str | Json | None:
     """The choice of tools without the demand to call one: it would never come to an answer."""
@@ -486,7 +550,7 @@ def _freed(choice: str | Json | None) -> str | Json | None:
 
 def _about(call: ModelCall, turn: Turn) -> Json:
     """About what a call took that broke off before it said so."""
-    given = estimate_tokens(call.messages, call.system)
+    given = estimate_tokens(call.messages, call.system, call.tools)
     written = len(turn.text()) // 4 + 1
     return {
         "total_input_tokens": given,
@@ -501,6 +565,7 @@ def call_for(
     messages: Sequence[bytes],
     generation: Json,
     *,
+    tools: Sequence[Json] | None = None,
     is_free: bool = False,
 ) -> ModelCall:
     """The call that a spec makes of a model.
@@ -510,13 +575,17 @@ def call_for(
         target: Which model.
         messages: The conversation.
         generation: The generation config.
+        tools: What the model can call, where it is not as at the beginning.
         is_free: The model has called a tool, so it need not be made to call one again.
     """
+    if tools is None:
+        own = toolbox(spec.own_tools, Means()).declarations()
+        tools = [*deferred.declared(spec.tools, ()), *own]
     return ModelCall(
         model=target.model,
         messages=messages,
         system=spec.system,
-        tools=[*spec.tools, *toolbox(spec.own_tools, None).declarations()],
+        tools=tools,
         tool_choice=_freed(spec.tool_choice) if is_free else spec.tool_choice,
         generation=generation,
         json_schema=spec.json_schema,

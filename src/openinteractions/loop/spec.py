@@ -40,6 +40,14 @@ class RunSpec:
     media_url: str = ""
     """This server's base URL, for media that are delivered by `uri`."""
     limits: Limits = field(default_factory=Limits)
+    agent: str | None = None
+    """The agent that this is, where it is one."""
+    guided: bool = False
+    """Whether AGENTS.md, skills and hooks of the environment are honoured."""
+    approve: list[str] = field(default_factory=list[str])
+    """Names of tools, or patterns, that need a human's consent."""
+    approved: list[Json] = field(default_factory=list[Json])
+    """Calls that it begins with, `{tool, arguments}`: a human has consented to them."""
 
     def dump(self) -> bytes:
         """As JSON, for the interaction's row."""
@@ -68,6 +76,8 @@ class RunState:
     cost_nanousd: int | None = 0
     """None once a call was made whose price is unknown."""
     usage: Json = field(default_factory=dict[str, Any])
+    begun: dict[str, Json] = field(default_factory=dict[str, Any])
+    """Notes of calls that have begun and have no result yet, by their keys (ruling R5)."""
 
     def dump(self) -> bytes:
         """As JSON, for the interaction's row."""

@@ -6,11 +6,12 @@ back from the steps shows everything in the same order.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import orjson
 
 from openinteractions import ids
+from openinteractions.events.steps import step_events, stop_of
 from openinteractions.events.types import STOP, Event, Position
 from openinteractions.loop.context import cut_mark, seal_signature
 from openinteractions.models.port import (
@@ -27,7 +28,8 @@ from openinteractions.models.port import (
 )
 from openinteractions.tools.toolbox import Toolbox
 from openinteractions.wire import deltas
-from openinteractions.wire.events import encode, step_delta, step_start, step_stop
+from openinteractions.wire.events import encode, step_delta, step_start
+from openinteractions.wire.usage import EMPTY_USAGE, add_usage
 
 RPC_UNAVAILABLE = 14
 
@@ -40,11 +42,37 @@ class Show(Protocol):
         ...
 
 
+Cite: TypeAlias = Callable[[str], list[Json]]
+
+
 class Turn:
     """Builds the steps of one model turn."""
 
-    def __init__(self, show: Show | None, *, first_index: int, provider: str, model: str) -> None:
+    def __init__(
+        self,
+        show: Show | None,
+        *,
+        first_index: int,
+        provider: str,
+        model: str,
+        cite: Cite | None = None,
+        usage_before: Json | None = None,
+    ) -> None:
+        """Nothing is shown yet.
+
+        Args:
+            show: Takes the events of the stream; None where nobody watches.
+            first_index: The place of the turn's first step among the generated ones.
+            provider: Whose signatures the turn's are.
+            model: Likewise.
+            cite: Gives the citations of a text of the answer.
+            usage_before: What the interaction has taken before this turn. The steps then say what
+                it has taken with them; None says nothing.
+        """
         self._show = show
+        self._cite = cite
+        self._usage = usage_before
+        self._is_counted = False
         self._next = first_index
         self._provider = provider
         self._model = model
@@ -86,9 +114,16 @@ class Turn:
             case Finished():
                 self.finished = event
 
-    def add_whole(self, step: Json, *, show: Show | None = None) -> None:
-        """Add a step that is there all at once; `show` takes its events, if not the turn's own."""
+    def add_whole(self, step: Json, *, show: Show | None = None, is_last: bool = False) -> None:
+        """Add a step that is there all at once.
+
+        Args:
+            step: The step.
+            show: Takes its events, if not the turn's own.
+            is_last: Nothing of the turn follows it.
+        """
         index = self._next
+        step = self._counted(step, is_last=is_last)
         self.steps.append(step)
         self._next += 1
         if self._show is not None:
@@ -117,19 +152,22 @@ class Turn:
         Where one of them is this server's, none is shown before it is committed: a reader must not
         see a call that no worker knows of.
         """
-        self._close()
+        self._close(is_last=not self.calls)
         own = [tools.find(call.name) for call in self.calls]
         show = hold if any(own) else None
-        for call, step, tool in zip(self.calls, self.call_steps(), own, strict=True):
+        last = len(self.calls) - 1
+        for at, (call, step, tool) in enumerate(
+            zip(self.calls, self.call_steps(), own, strict=True)
+        ):
+            shown = step
             if tool is not None:
                 kept = {key: step[key] for key in ("id", "signature") if key in step}
-                self.add_whole({**tool.call_step(call), **kept}, show=show)
-            else:
-                self.add_whole(step, show=show)
+                shown = {**tool.call_step(call), **kept}
+            self.add_whole(shown, show=show, is_last=at == last)
 
     def close(self) -> list[Json]:
         """Close what is open; every step of the turn. Until then the turn can be broken off."""
-        self._close()
+        self._close(is_last=True)
         return self.steps
 
     def break_off(self, code: int, message: str, *, starts_anew: bool) -> list[Json]:
@@ -147,12 +185,12 @@ class Turn:
         if is_open and starts_anew:
             self._close_block()
             self._add_media(cut_mark())
-        self._close()
+        self._close(is_last=True)
         answers = [step for step in self.steps if step["type"] == "model_output"]
         for step in answers:
             step["error"] = {"code": code, "message": message}
         if answers and starts_anew and not is_open:
-            self.add_whole({**answers[-1], "content": [cut_mark()]})
+            self.add_whole({**answers[-1], "content": [cut_mark()]}, is_last=True)
         return self.steps
 
     def text(self) -> str:
@@ -226,20 +264,39 @@ class Turn:
             else:
                 step["content"].append(block)
             self._text = []
-            if self._held and step["type"] == "model_output":
-                block["annotations"] = self._held
-                self._delta({"type": "text_annotation_delta", "annotations": self._held})
-                self._held = []
+            if step["type"] == "model_output":
+                self._annotate(block)
 
-    def _close(self) -> None:
-        step = self._open
-        if step is None:
+    def _annotate(self, block: Json) -> None:
+        """Add the vendor's citations of a text, and ours of what it has not cited itself."""
+        held, self._held = self._held, []
+        if self._cite is not None:
+            cited = {note.get("url") for note in held}
+            held += [note for note in self._cite(block["text"]) if note.get("url") not in cited]
+        if held:
+            block["annotations"] = held
+            self._delta({"type": "text_annotation_delta", "annotations": held})
+
+    def _close(self, *, is_last: bool = False) -> None:
+        if self._open is None:
             return
         self._close_block()
-        self._emit("t", STOP, step_stop)
+        step = self._counted(self._open, is_last=is_last)
+        self._emit("t", STOP, stop_of, step)
         self.steps.append(step)
         self._next += 1
         self._open = None
+
+    def _counted(self, step: Json, *, is_last: bool) -> Json:
+        """The step with what the interaction has taken with it; the turn's own with its last."""
+        if self._usage is None:
+            return step
+        own: Json = {}
+        if is_last and self.finished is not None and not self._is_counted:
+            self._is_counted = True
+            own = self.finished.usage
+            self._usage = add_usage(self._usage, own)
+        return with_usage(step, self._usage, own)
 
     def _emit(self, kind: str, offset: int, shape: Callable[..., Json], *content: Json) -> None:
         """Show an event of the open step; where nobody watches, it is not even built."""
@@ -259,24 +316,22 @@ class Turn:
 
 def whole_step_events(index: int, step: Json) -> list[Event]:
     """Everything that a stream shows of a finished step."""
-    events = [
-        Event("s", Position(index, -1), encode(step_start(index, deltas.step_skeleton(step))))
-    ]
-    offset = 0
-    for delta in deltas.step_deltas(step):
-        offset += units(delta)
-        events.append(Event("d", Position(index, offset), encode(step_delta(index, delta))))
-    events.append(Event("t", Position(index, STOP), encode(step_stop(index))))
-    return events
+    return list(step_events(index, step))
 
 
-def units(delta: Json) -> int:
-    """How far a delta moves the position in its step: characters of text, else one."""
-    if delta["type"] == "text":
-        return len(delta["text"])
-    if delta["type"] == "thought_summary" and delta["content"].get("type") == "text":
-        return len(delta["content"]["text"])
-    return 1
+def with_usage(step: Json, total: Json | None, own: Json | None = None) -> Json:
+    """The step with the token counts that its `step.stop` shows, which a response shows too.
+
+    Args:
+        step: The step.
+        total: Of the interaction so far, this step included; None shows none.
+        own: Of the model call that this step is the last of.
+    """
+    bare = {key: value for key, value in step.items() if key not in deltas.AT_STOP}
+    if total is None:
+        return bare
+    counted = {**bare, "usage": {**EMPTY_USAGE, **total}}
+    return {**counted, "step_usage": own} if own else counted
 
 
 def fold(events: Sequence[Event]) -> list[tuple[Json, bool]]:
@@ -289,5 +344,7 @@ def fold(events: Sequence[Event]) -> list[tuple[Json, bool]]:
         elif event.kind == "d":
             deltas.merge(steps[-1], orjson.loads(event.data)["delta"])
         elif event.kind == "t":
+            stop = orjson.loads(event.data)
+            steps[-1].update({key: stop[key] for key in deltas.AT_STOP if key in stop})
             finished.add(len(steps) - 1)
     return [(deltas.joined(step), number in finished) for number, step in enumerate(steps)]

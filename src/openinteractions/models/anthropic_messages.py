@@ -19,7 +19,7 @@ from typing import Any, Final, Literal, TypeAlias, cast
 import orjson
 
 from openinteractions.errors import Invalid
-from openinteractions.models.calls import closed
+from openinteractions.models.calls import closed, mcp_function
 from openinteractions.models.port import Json
 
 _Role: TypeAlias = Literal["user", "assistant"]
@@ -212,7 +212,7 @@ def _name(step: Json, family: str) -> str:
     if family == "function":
         return name
     if family == "mcp_server_tool":
-        name = f"{step.get('server_name') or 'mcp'}__{name}"
+        return mcp_function(step.get("server_name") or "mcp", name)
     return _NOT_IN_IDS.sub("_", name)[:64]
 
 

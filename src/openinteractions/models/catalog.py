@@ -31,6 +31,8 @@ _PATTERNS = (
 )
 _NANO_PER_MILLION = 1_000
 """A dollar per million tokens is this many billionths of a dollar per token."""
+DEFAULT_CONTEXT_TOKENS = 128_000
+"""The window of a model that is in no table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,8 @@ class Target:
     """The upstream's own name of it."""
     adapter: Model
     price: Price | None
+    context_tokens: int = DEFAULT_CONTEXT_TOKENS
+    """Its context window: what one call's input and output may have together."""
 
 
 class Catalog:
@@ -65,7 +69,17 @@ class Catalog:
         session: aiohttp.ClientSession,
         *,
         local: Model | None,
+        local_context_tokens: int = DEFAULT_CONTEXT_TOKENS,
     ) -> None:
+        """Bind the configured providers.
+
+        Args:
+            providers: By name.
+            models: Aliases, fallbacks, prices and windows.
+            session: For requests to them.
+            local: The built-in local model; None where its runtime is not installed.
+            local_context_tokens: What one call of a local model has.
+        """
         self._kinds: dict[str, str] = {}
         self._adapters: dict[str, Model] = {}
         for name, provider in providers.items():
@@ -79,6 +93,9 @@ class Catalog:
         # A name without a price of its own is looked for among all of them.
         self._price_of = lru_cache(maxsize=1024)(self._find_price)
         self._prices = _packaged_prices() | {k: _price(v) for k, v in models.prices.items()}
+        self._windows = _packaged_windows()
+        self._own_windows = models.context_tokens
+        self._local_window = local_context_tokens
         self._warn_of_dead_ends()
 
     @property
@@ -106,7 +123,8 @@ class Catalog:
         adapter = self._adapters.get(provider)
         if adapter is None:
             raise NotFound(f"The provider '{provider}' is not configured.")
-        return Target(target, provider, model, adapter, self._price_of(target, model))
+        price = self._price_of(target, model)
+        return Target(target, provider, model, adapter, price, self._window(target))
 
     def _resolvable(self, names: Sequence[str]) -> list[str]:
         """Fallbacks whose provider is configured; one that is not must not cost its chain."""
@@ -141,6 +159,18 @@ class Catalog:
             f"Model '{model_id}' is not found. Configured providers: {known}. Use provider/model, "
             "or map the ID in [models.aliases]."
         )
+
+    def _window(self, target: str) -> int:
+        provider, _, model = target.partition("/")
+        # Gateways put more before a model's name: an owner, a region.
+        bare = model.rpartition("/")[2].lower()
+        for name in (target, model, bare):
+            if name in self._own_windows:
+                return self._own_windows[name]
+        if self._kinds[provider] == "local":
+            return self._local_window
+        known = [prefix for prefix in self._windows if bare.startswith(prefix)]
+        return self._windows[max(known, key=len)] if known else DEFAULT_CONTEXT_TOKENS
 
     def _find_price(self, target: str, model: str) -> Price | None:
         for name in (target, model, model.rpartition("/")[2]):
@@ -179,9 +209,18 @@ def _adapter(
     return module.AnthropicModel(upstream, provider=name)
 
 
+def _packaged(file: str, key: str) -> dict[str, Any]:
+    text = resources.files("openinteractions.models").joinpath(file).read_text("utf-8")
+    table: dict[str, Any] = json.loads(text)[key]
+    return table
+
+
+def _packaged_windows() -> dict[str, int]:
+    return _packaged("windows.json", "context_tokens")
+
+
 def _packaged_prices() -> dict[str, Price]:
-    text = resources.files("openinteractions.models").joinpath("prices.json").read_text("utf-8")
-    table: dict[str, Any] = json.loads(text)["usd_per_million_tokens"]
+    table = _packaged("prices.json", "usd_per_million_tokens")
     return {name: _price(PriceSettings.model_validate(row)) for name, row in table.items()}
 
 

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, TypeAlias, cast
 import orjson
 
 from openinteractions.errors import Invalid
-from openinteractions.models.calls import closed
+from openinteractions.models.calls import closed, mcp_function
 from openinteractions.models.port import Json
 
 _Kind: TypeAlias = Literal["user", "model", "results"]
@@ -91,7 +91,7 @@ def _name(step: Json, family: str) -> str:
     if family == "function":
         return name
     if family == "mcp_server_tool":
-        name = f"{step.get('server_name') or 'mcp'}__{name}"
+        return mcp_function(step.get("server_name") or "mcp", name)
     return _NOT_IN_NAMES.sub("_", name)[:64]
 
 

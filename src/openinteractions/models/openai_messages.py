@@ -15,6 +15,7 @@ from typing import Any, cast
 import orjson
 
 from openinteractions.errors import Invalid
+from openinteractions.models.calls import mcp_function
 from openinteractions.models.port import Json
 
 _MAX_CALL_ID = 40
@@ -152,7 +153,7 @@ def _name_of(step: Json, family: str) -> str:
     if family == "function":
         return name
     if family == "mcp_server_tool":
-        name = f"{step.get('server_name') or 'mcp'}__{name}"
+        return mcp_function(step.get("server_name") or "mcp", name)
     return re.sub(r"[^a-zA-Z0-9_-]", "_", name)[:64]
 
 

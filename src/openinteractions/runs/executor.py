@@ -9,26 +9,33 @@ from uuid import UUID
 import orjson
 import structlog
 
-from openinteractions import metrics
-from openinteractions.errors import LeaseLost, NotFound
+from openinteractions import clock, metrics
+from openinteractions.db.sealed import interaction_purpose
+from openinteractions.errors import Invalid, LeaseLost, NotFound, SetupError
 from openinteractions.events.types import parse_row
 from openinteractions.jobs import queue
 from openinteractions.jobs.queue import Job
 from openinteractions.loop.spec import RunState
 from openinteractions.resources.interactions import store as interactions
 from openinteractions.resources.interactions.runner import (
+    Earlier,
     Ended,
     Lease,
     MemoryRun,
     Prepared,
     Unstored,
 )
+from openinteractions.resources.interactions.store import Interaction
 from openinteractions.runs import prepare, store, stored
+from openinteractions.runs.agents import resolve
+from openinteractions.runs.agents.resolve import Agent
+from openinteractions.runs.brief import of_model
 from openinteractions.runs.house import House
 from openinteractions.runs.stored import StoredRun
 from openinteractions.runs.unstored import InMemory
 from openinteractions.wire.create import CreateInteraction
 from openinteractions.wire.environments import environment_id
+from openinteractions.wire.fields import Json
 
 _log = structlog.get_logger(__name__)
 
@@ -48,37 +55,69 @@ class Executor:
         return self._house.member.worker_id
 
     async def prepare(
-        self, project_id: UUID, request: CreateInteraction, base_url: str, inherited: UUID | None
+        self, project_id: UUID, request: CreateInteraction, base_url: str, earlier: Earlier | None
     ) -> Prepared:
-        """Resolve a request and make sure that its model can serve it."""
+        """Resolve a request and make sure that its model or agent can serve it."""
         house = self._house
-        prepared = await prepare.prepare(
-            request,
-            house.catalog,
-            house.inliner(project_id),
+        agent = None
+        if request.agent is None:
+            brief = of_model(request)
+        else:
+            agent = await resolve.find(house.agents, project_id, request)
+            _require_environment(agent, request, earlier)
+            brief = resolve.brief(
+                agent,
+                request,
+                default_model=house.agent_model,
+                today=clock.now().date(),
+                network=_network(request.environment),
+            )
+        around = prepare.Surroundings(
+            catalog=house.catalog,
+            inliner=house.inliner(project_id),
             defaults=house.limits,
             base_url=base_url,
-            vendor_runs_code=house.vendor_runs_code,
+            powers=await house.powers(
+                project_id,
+                brief.tools,
+                is_sandbox_optional=agent is not None and not agent.base.needs_environment,
+            ),
+            pending=() if earlier is None else earlier.pending,
         )
-        if prepared.needs_environment:
-            if prepared.needs_sandbox:
-                await house.sandboxes.require_broker()
-            environment_id = await self._environment(project_id, request, inherited)
-            return replace(prepared, environment_id=environment_id)
-        return prepared
+        prepared = await prepare.prepare(request, brief, around)
+        if not prepared.needs_environment:
+            return prepared
+        if prepared.needs_sandbox:
+            await house.sandboxes.require_broker()
+        environment = await self._environment(project_id, request, agent, earlier)
+        return replace(prepared, environment_id=environment)
 
     async def _environment(
-        self, project_id: UUID, request: CreateInteraction, inherited: UUID | None
+        self,
+        project_id: UUID,
+        request: CreateInteraction,
+        agent: Agent | None,
+        earlier: Earlier | None,
     ) -> UUID:
-        """Where a run works: as it asks, else where the interaction before it did, else anew."""
-        sandboxes = self._house.sandboxes
+        """Where a run works: as it asks, else where the interaction before it did, else anew.
+
+        A custom agent begins anew with each call that names no environment, unless it is to go on
+        with what it has begun.
+        """
+        house = self._house
+        inherited = None if earlier is None else earlier.environment_id
+        custom = None if agent is None else agent.custom
+        if custom is not None and (request.environment is not None or not request.answers):
+            return await house.agents.environment_for(project_id, custom, request.environment)
         if request.environment is not None:
-            return await sandboxes.resolve(project_id, request.environment)
+            return await house.sandboxes.resolve(project_id, request.environment)
         if inherited is not None:
             # It may have expired meanwhile.
             with contextlib.suppress(NotFound):
-                return await sandboxes.resolve(project_id, environment_id(inherited))
-        return await sandboxes.resolve(project_id, "remote")
+                return await house.sandboxes.resolve(project_id, environment_id(inherited))
+        if custom is not None:
+            return await house.agents.environment_for(project_id, custom, None)
+        return await house.sandboxes.resolve(project_id, "remote")
 
     def start(self, lease: Lease) -> "asyncio.Future[Ended | None]":
         """Run a stored interaction that this process has owned since its create."""
@@ -92,6 +131,7 @@ class Executor:
             inputs=lease.steps,
             plan=lease.plan if isinstance(lease.plan, prepare.Plan) else None,
             events_written=lease.events_written,
+            secrets=lease.secrets,
         )
         future: asyncio.Future[Ended | None] = asyncio.get_running_loop().create_future()
         task = self._house.member.own(
@@ -155,6 +195,18 @@ class Executor:
             if not future.done():
                 future.set_result(ended)
 
+    def _opened(self, row: Interaction, sealed: bytes | None) -> Json | None:
+        """The request's secrets; None also where the key that they were sealed with is gone."""
+        if sealed is None:
+            return None
+        purpose = interaction_purpose(row.project_id, row.id)
+        try:
+            return orjson.loads(self._house.sealer.open(sealed, purpose=purpose))
+        except SetupError as error:
+            # What needs them is refused by whom it asks, and says so.
+            _log.error("run.secrets_unreadable", interaction_id=row.id.hex, why=error.message)
+            return None
+
     async def _load(self, interaction_id: UUID, epoch: int) -> StoredRun | None:
         """A run as its rows stand; None if there is nothing left to run."""
         database = self._house.database
@@ -176,7 +228,25 @@ class Executor:
             key_id=loaded.key_id,
             is_budgeted=loaded.is_budgeted,
             webhook=loaded.webhook,
+            secrets=self._opened(row, loaded.sealed),
             inputs=parsed[: row.input_count],
             generated=parsed[row.input_count :],
             shown=shown,
         )
+
+
+def _require_environment(agent: Agent, request: CreateInteraction, earlier: Earlier | None) -> None:
+    """The hosted API asks for it, and so does who wants to find the files again."""
+    is_there = request.environment is not None or (
+        earlier is not None and earlier.environment_id is not None
+    )
+    if agent.base.needs_environment and agent.custom is None and not is_there:
+        raise Invalid(
+            f"The agent '{agent.name}' needs an 'environment': give \"remote\" for a new one, or "
+            "the id of one that you have."
+        )
+
+
+def _network(environment: str | Json | None) -> str | Json | None:
+    """The rules that a request itself gives."""
+    return environment.get("network") if isinstance(environment, dict) else None

@@ -1,7 +1,8 @@
 """Earlier turns as a model's messages, compiled once and kept.
 
 A turn that has ended never changes, so what it compiles to is kept by (segment, model), and turn
-1,000 compiles only itself. The messages of a line are one list; a turn's history is its beginning.
+1,000 compiles only itself. The messages of a line are one list; a turn's history is its beginning,
+or what stands there since the last turn that holds a handover (`loop.context.compacts`).
 """
 
 from collections import OrderedDict
@@ -15,7 +16,8 @@ import orjson
 
 from openinteractions.db.engine import Database
 from openinteractions.errors import Invalid
-from openinteractions.loop.context import for_model
+from openinteractions.loop.compaction import text_only
+from openinteractions.loop.context import compacts, for_model, visible
 from openinteractions.models.catalog import Target
 from openinteractions.models.port import Json
 from openinteractions.netguard import Fetched, Fetcher
@@ -35,6 +37,8 @@ class _Compiled:
     messages: list[bytes] = field(default_factory=list[bytes])
     ends: dict[int, int] = field(default_factory=dict[int, int])
     """Depth → how many messages the line has up to and including that turn."""
+    starts: dict[int, int] = field(default_factory=dict[int, int])
+    """Depth → how many messages at the beginning are not shown after that turn."""
     depth: int = -1
     """The last turn that is in it."""
     size: int = 0
@@ -43,11 +47,17 @@ class _Compiled:
     waiting: tuple[int, bytes] | None = None
     """The turn after it, which has ended but is not compiled before it is needed."""
 
-    def extend(self, depth: int, messages: Sequence[bytes]) -> None:
+    def extend(self, depth: int, messages: Sequence[bytes], *, is_compacted: bool = False) -> None:
+        before = self.starts.get(self.depth, 0)
+        self.starts[depth] = len(self.messages) if is_compacted else before
         self.messages += messages
         self.ends[depth] = len(self.messages)
         self.depth = depth
         self.size += sum(map(len, messages)) + 64
+
+    def up_to(self, depth: int) -> list[bytes]:
+        """What a turn after this one is shown."""
+        return self.messages[self.starts[depth] : self.ends[depth]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,20 +188,21 @@ class LineHistory:
         if line is None:
             return ()
         if line.idx is not None:
-            return (await self._compile_all(line, target, _Compiled(), start=0)).messages
+            return (await self._compile_line(line, target)).up_to(line.depth)
         known = self._cache.find(line.segment_id, target.id)
         if known is not None and known.waiting is not None:
             await self._take_in(line.segment_id, known, target)
         if known is not None and line.depth in known.ends:
-            return known.messages[: known.ends[line.depth]]
+            return known.up_to(line.depth)
         if known is not None and known.depth < line.depth:
-            await self._compile_all(line, target, known, start=known.depth + 1)
+            turns = await self._turns(line, start=known.depth + 1)
+            await self._extend(known, turns, line, target)
             self._cache.grew(line.segment_id, target.id, known)
             # Another reader of the line may have taken it further meanwhile.
-            return known.messages[: known.ends[line.depth]]
-        compiled = await self._compile_all(line, target, _Compiled(), start=0)
+            return known.up_to(line.depth)
+        compiled = await self._compile_line(line, target)
         self._cache.keep(line.segment_id, target.id, compiled)
-        return compiled.messages
+        return compiled.up_to(line.depth)
 
     async def own(self, steps: Sequence[Json], target: Target) -> list[bytes]:
         """The running interaction's steps as the target's messages."""
@@ -200,35 +211,84 @@ class LineHistory:
             return ready.messages
         return await self._compile(steps, target)
 
+    async def steps(self, max_chars: int) -> list[Json]:
+        """What a model sees of the turns before, as steps without media; the newest if too many."""
+        if self._line is None:
+            return []
+        found: list[Json] = []
+        for _, turn in reversed(await self._turns(self._line, start=0)):
+            if max_chars < 0 and not _may_compact(turn):
+                continue
+            steps = [orjson.loads(data) for data in turn]
+            is_first = compacts(steps)
+            shown = visible(steps)
+            for at in range(len(shown) - 1, -1, -1):
+                bare = text_only(shown[at])
+                max_chars -= len(orjson.dumps(bare))
+                # A handover stands for everything before it: that is never too much.
+                if max_chars >= 0 or (is_first and at == 0):
+                    found.append(bare)
+            if is_first:
+                break
+        return found[::-1]
+
     async def _take_in(self, segment_id: UUID, known: _Compiled, target: Target) -> None:
         """Compile the turn that ended last, now that one follows it."""
         waiting = known.waiting
         assert waiting is not None
         depth, steps = waiting
-        messages = await self._compile(orjson.loads(steps), target)
+        parsed: list[Json] = orjson.loads(steps)
+        messages = await self._compile(parsed, target)
         if known.waiting is not waiting:
             # Another reader has taken it in meanwhile.
             return
         known.waiting = None
         known.size -= len(steps)
         if known.depth == depth - 1:
-            known.extend(depth, messages)
+            known.extend(depth, messages, is_compacted=compacts(parsed))
         self._cache.grew(segment_id, target.id, known)
 
-    async def _compile_all(
-        self, line: Line, target: Target, into: _Compiled, *, start: int
-    ) -> _Compiled:
+    async def _turns(self, line: Line, *, start: int) -> list[tuple[int, list[bytes]]]:
+        """The turns of a line from a depth on, oldest first: depth, steps as JSON."""
         rows = await store.history(self._database, line, start=start)
-        for depth, turn in groupby(rows, key=itemgetter(0)):
-            steps: list[Json] = [orjson.loads(data) for _, _, data in turn]
+        return [
+            (depth, [data for _, _, data in turn])
+            for depth, turn in groupby(rows, key=itemgetter(0))
+        ]
+
+    async def _compile_line(self, line: Line, target: Target) -> _Compiled:
+        """A line from its beginning, or from its last handover: nothing before it is shown."""
+        turns = await self._turns(line, start=0)
+        start = 0
+        for at in range(len(turns) - 1, 0, -1):
+            if _may_compact(turns[at][1]) and compacts([orjson.loads(d) for d in turns[at][1]]):
+                start = at
+                break
+        compiled = _Compiled()
+        await self._extend(compiled, turns[start:], line, target)
+        return compiled
+
+    async def _extend(
+        self,
+        into: _Compiled,
+        turns: Sequence[tuple[int, Sequence[bytes]]],
+        line: Line,
+        target: Target,
+    ) -> None:
+        for depth, turn in turns:
+            steps: list[Json] = [orjson.loads(data) for data in turn]
             messages = await self._compile(steps, target)
             # Two forks may be extending the same line; whoever compiles a turn first adds it.
             if depth > into.depth:
-                into.extend(depth, messages)
+                into.extend(depth, messages, is_compacted=compacts(steps))
         if into.depth < line.depth:
             into.extend(line.depth, ())
-        return into
 
     async def _compile(self, steps: Sequence[Json], target: Target) -> list[bytes]:
         shown = for_model(steps, provider=target.provider, model=target.model)
         return target.adapter.compile(await self._inline(shown, target), target.model)
+
+
+def _may_compact(turn: Sequence[bytes]) -> bool:
+    """False where no step can be a handover; told without parsing, for lines may be long."""
+    return any(b'"compacted"' in data for data in turn)

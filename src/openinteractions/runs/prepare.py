@@ -1,9 +1,11 @@
 """From a request to the run spec: aliases resolved, limits decided, everything checked up front."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from openinteractions.errors import Invalid
+from openinteractions.loop.approval import carried_out
 from openinteractions.loop.context import for_model
 from openinteractions.loop.run import call_for
 from openinteractions.loop.spec import Limits, RunSpec
@@ -12,8 +14,11 @@ from openinteractions.models.catalog import Catalog, Target
 from openinteractions.models.port import Json, Warning  # noqa: A004 - the contract's word
 from openinteractions.resources.files import media
 from openinteractions.resources.interactions.runner import Prepared
+from openinteractions.runs.assign import Powers, assign
+from openinteractions.runs.brief import Brief, Situation
 from openinteractions.runs.history import Inliner
-from openinteractions.tools.toolbox import SANDBOXED
+from openinteractions.tools.port import Means
+from openinteractions.tools.toolbox import toolbox
 from openinteractions.wire.create import CreateInteraction
 
 _NANO = 1_000_000_000
@@ -30,72 +35,112 @@ class Plan:
     """The input."""
 
 
-async def prepare(
-    request: CreateInteraction,
-    catalog: Catalog,
-    inliner: Inliner,
-    *,
-    defaults: Limits,
-    base_url: str,
-    vendor_runs_code: bool,
-) -> Prepared:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """What a request meets here."""
+
+    catalog: Catalog
+    inliner: Inliner
+    defaults: Limits
+    """What the server itself allows a run."""
+    base_url: str
+    powers: Powers
+    pending: Sequence[Json] = ()
+    """Calls of the interaction before that the input answers."""
+
+
+async def prepare(request: CreateInteraction, brief: Brief, around: Surroundings) -> Prepared:
     """Resolve a request and make sure that its model can serve it.
 
     Raises:
         Invalid: Something in it cannot be honoured; the message names it.
         NotFound: No such model.
     """
-    _refuse_later_features(request)
-    assert request.model is not None
-    tools = [_tool(tool, number) for number, tool in enumerate(request.tools)]
-    chain = catalog.resolve(request.model)
+    _refuse_unknown(request)
+    catalog = around.catalog
+    chain = _chain(brief.models, catalog)
     kinds = {catalog.providers[catalog.open(name).provider] for name in chain}
-    is_vendors = vendor_runs_code and kinds == {"gemini"}
-    own = [] if is_vendors else [tool for tool in tools if tool["type"] in SANDBOXED]
-    _refuse_doubles(request, own)
+    tools = assign(
+        brief.tools,
+        kinds,
+        around.powers,
+        is_agent=brief.agent is not None,
+        is_default=brief.is_default,
+    )
     if request.json_schema:
         require_schema(request.json_schema, "response_format.schema")
+    asked = limits(brief.limits, limits(brief.most, around.defaults))
+    target = catalog.open(chain[0])
+    own_names = tools.names()
     spec = RunSpec(
         chain=chain,
-        system=request.system_instruction,
-        tools=[tool for tool in tools if tool not in own],
-        own_tools=own,
+        system=brief.instructions(Situation(tools=own_names, context_tokens=target.context_tokens)),
+        tools=tools.passed,
+        own_tools=tools.own,
         tool_choice=request.tool_choice,
-        generation=request.generation_config,
+        generation=brief.generation,
         json_schema=None if request.json_schema is None else enforced(request.json_schema),
         response_formats=request.media_formats,
         modalities=request.response_modalities,
         safety_settings=request.safety_settings,
         service_tier=request.service_tier,
-        media_url=base_url,
-        limits=limits(request.limits, defaults),
+        media_url=around.base_url,
+        limits=asked,
+        agent=brief.agent,
+        guided=brief.guided,
+        approve=_approve(brief, own_names),
+        approved=carried_out(around.pending, request.steps, toolbox(tools.own, Means())),
     )
-    target = catalog.open(spec.chain[0])
     _require_price(spec, catalog)
-    steps = await _fetched(request.steps, target, inliner)
+    steps = await _fetched(request.steps, target, around.inliner)
     shown = for_model(steps, provider=target.provider, model=target.model)
-    compiled = target.adapter.compile(await inliner(shown, target), target.model)
-    warnings = target.adapter.check(call_for(spec, target, (), spec.generation))
+    compiled = target.adapter.compile(await around.inliner(shown, target), target.model)
+    warnings = [*brief.warnings, *tools.warnings]
+    warnings += target.adapter.check(call_for(spec, target, (), spec.generation))
     warnings += _unread_hints(steps, catalog.providers[target.provider])
+    is_agent = brief.agent is not None
     return Prepared(
         spec=spec.dump(),
         plan=Plan(spec, target.id, compiled),
         provider=target.provider,
         steps=steps,
         warnings=[asdict(warning) for warning in warnings],
-        needs_environment=bool(own) or request.environment is not None,
-        needs_sandbox=bool(own),
+        secrets=around.powers.secrets,
+        needs_environment=tools.needs_sandbox or is_agent or request.environment is not None,
+        needs_sandbox=tools.needs_sandbox,
     )
 
 
-def limits(asked: Json, defaults: Limits) -> Limits:
-    """The caller's limits within the server's."""
+def _chain(models: Sequence[str], catalog: Catalog) -> list[str]:
+    """What is asked, then what takes over."""
+    first = catalog.resolve(models[0])
+    rest = [target for name in models[1:] for target in catalog.resolve(name)]
+    return list(dict.fromkeys([*first, *rest]))
+
+
+def _approve(brief: Brief, names: Sequence[str]) -> list[str]:
+    """The patterns of tools that need consent; one that means none is a slip."""
+    patterns: list[str] = [*brief.most.get("approve", ()), *brief.limits.get("approve", ())]
+    for pattern in patterns:
+        if "*" not in pattern and pattern.lower() not in {name.lower() for name in names}:
+            known = ", ".join(names) or "none"
+            raise Invalid(
+                f"'approve' names '{pattern[:100]}', which is no tool that this server runs here. "
+                f"There are: {known}."
+            )
+    return list(dict.fromkeys(patterns))
+
+
+def limits(asked: Json, most: Limits) -> Limits:
+    """The limits that were asked for, within what there is at most."""
     cost = asked.get("max_cost_usd")
     return Limits(
-        max_total_tokens=asked.get("max_total_tokens"),
-        max_cost_nanousd=None if cost is None else round(cost * _NANO),
-        max_steps=_least(asked.get("max_steps"), defaults.max_steps),
-        max_seconds=_least(asked.get("max_seconds"), defaults.max_seconds),
+        max_total_tokens=_least(asked.get("max_total_tokens"), most.max_total_tokens),
+        max_cost_nanousd=_least(
+            None if cost is None else round(cost * _NANO), most.max_cost_nanousd
+        ),
+        max_steps=_least(asked.get("max_steps"), most.max_steps),
+        max_seconds=_least(asked.get("max_seconds"), most.max_seconds),
     )
 
 
@@ -103,17 +148,10 @@ def _least(asked: Any, most: Any) -> Any:  # noqa: ANN401 - int or float
     return most if asked is None or (most is not None and most < asked) else asked
 
 
-def _refuse_later_features(request: CreateInteraction) -> None:
-    """What this version does not have yet gets a clear answer, never silence (invariant 10)."""
-    missing = {
-        "agent": request.agent is not None,
-        "cached_content": request.cached_content is not None,
-        f"model '{request.model}'": request.model is not None and _is_agent(request.model),
-    }
-    for name, is_asked in missing.items():
-        if is_asked:
-            shown = name if " " in name else f"'{name}'"
-            raise Invalid(f"{shown} is not supported by this version of the server yet.")
+def _refuse_unknown(request: CreateInteraction) -> None:
+    """What this server does not have gets a clear answer, never silence (invariant 10)."""
+    if request.cached_content is not None:
+        raise Invalid("'cached_content' is not supported: caches are the vendor's own.")
     if not request.store and any(f.get("delivery") == "uri" for f in request.media_formats):
         raise Invalid("'response_format.delivery' can only be 'uri' where 'store' is not false.")
     if not request.store and request.environment is not None:
@@ -122,36 +160,6 @@ def _refuse_later_features(request: CreateInteraction) -> None:
         raise Invalid(
             "Invalid value at 'continuation_token': this server has issued no such token."
         )
-
-
-def _refuse_doubles(request: CreateInteraction, own: list[Json]) -> None:
-    """A model tells tools apart by their names."""
-    for tool in own:
-        for number, other in enumerate(request.tools):
-            if other["type"] == "function" and other["name"] == tool["type"]:
-                raise Invalid(
-                    f"Invalid value at 'tools[{number}].name': '{tool['type']}' is a tool of the "
-                    "server's in this request; give the function another name."
-                )
-
-
-def _is_agent(name: str) -> bool:
-    """Samples pass the hosted API's agents as `model` too."""
-    return name.startswith(("antigravity", "deep-research-", "code-mender"))
-
-
-def _tool(tool: Json, number: int) -> Json:
-    if tool["type"] != "function":
-        return tool
-    if tool.get("defer_loading"):
-        raise Invalid(
-            f"'tools[{number}].defer_loading' is not supported by this version of the server yet."
-        )
-    parameters = tool.get("parameters")
-    if not isinstance(parameters, dict):
-        return tool
-    require_schema(parameters, f"tools[{number}].parameters")  # pyright: ignore[reportUnknownArgumentType]
-    return {**tool, "parameters": enforced(parameters)}
 
 
 def _require_price(spec: RunSpec, catalog: Catalog) -> None:

@@ -46,7 +46,7 @@ with fence as (
 ), turn as (
   update interactions i
      set status = $10, usage = $11, errors = $12, warnings = $13, run_state = $3, epoch = $2,
-         updated_at = now()
+         updated_at = now(), sealed = null
     from fence where i.id = fence.id
   returning i.id, i.project_id, i.segment_id, i.depth, i.created_at, i.updated_at
 ), kept as (
@@ -80,7 +80,7 @@ values ($1, $2, $3, $4, $5, $6, $7, $8)
 _LOAD = """
 select id, project_id, segment_id, depth, previous_id, status, model, agent, background, logged,
        input_form, input_count, echo, usage, errors, warnings, created_at, updated_at,
-       environment_id, spec, run_state, key_id, webhook,
+       environment_id, spec, run_state, key_id, webhook, sealed,
        exists (select from budgets b where b.project_id = i.project_id
                   and (b.key_id is null or b.key_id = i.key_id))
   from interactions i where id = $1 and deleted_at is null
@@ -155,6 +155,7 @@ class Loaded:
     run_state: bytes | None
     key_id: UUID | None
     webhook: bytes | None
+    sealed: bytes | None
     is_budgeted: bool
 
 
@@ -164,8 +165,9 @@ async def load(database: Database, interaction_id: UUID) -> Loaded | None:
         row = await connection.fetchrow(_LOAD, interaction_id)
     if row is None:
         return None
-    *columns, spec, run_state, key_id, webhook, is_budgeted = row
-    return Loaded(Interaction(*columns), spec, run_state, key_id, webhook, is_budgeted)
+    *columns, spec, run_state, key_id, webhook, sealed, is_budgeted = row
+    interaction = Interaction(*columns)
+    return Loaded(interaction, spec, run_state, key_id, webhook, sealed, is_budgeted)
 
 
 async def commit(database: Database, progress: Progress) -> None:

@@ -1,6 +1,7 @@
 """Driving one stored run: from its rows, through the loop, to its end."""
 
 import asyncio
+from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass, field
 from uuid import UUID
 
@@ -9,7 +10,7 @@ import structlog
 
 from openinteractions import clock, ids, metrics, tracing
 from openinteractions.db.engine import LOST
-from openinteractions.errors import EngineError, LeaseLost
+from openinteractions.errors import EngineError, LeaseLost, RequestError
 from openinteractions.events.log import Stream
 from openinteractions.events.types import ENDED, Event, Position, first_seq, join
 from openinteractions.jobs import queue
@@ -21,14 +22,14 @@ from openinteractions.models.port import Json
 from openinteractions.resources.interactions.runner import Ended
 from openinteractions.resources.interactions.store import Interaction
 from openinteractions.resources.webhooks.service import EVENTS
-from openinteractions.runs import store
+from openinteractions.runs import equip, store
+from openinteractions.runs.equip import Kit
 from openinteractions.runs.history import Ready
 from openinteractions.runs.house import House
 from openinteractions.runs.journal import DatabaseJournal
 from openinteractions.runs.prepare import Plan
 from openinteractions.runs.purse import DayPurse
 from openinteractions.runs.store import Ending, Line, Progress, Spend
-from openinteractions.tools.toolbox import toolbox
 from openinteractions.wire.environments import environment_id
 from openinteractions.wire.events import (
     completed,
@@ -64,6 +65,8 @@ class StoredRun:
     """What its preparation in this process has worked out."""
     webhook: bytes | None = None
     """The request's `webhook_config`, JSON."""
+    secrets: Json | None = field(default=None, repr=False)
+    """Those of the request, opened."""
     trace: dict[str, str] | None = None
     """The trace to continue, where the run was not started by a request in this process."""
     is_cancelled: bool = False
@@ -142,15 +145,15 @@ async def _drive(house: House, stored: StoredRun) -> Ended:
     purse = DayPurse(house.database, row.project_id, stored.key_id) if stored.is_budgeted else None
     await _close_broken(stored, journal)
     spec = RunSpec.load(stored.spec) if plan is None else plan.spec
-    tools = toolbox(spec.own_tools, house.workplace(row.environment_id, row.id, stored.epoch))
-    run = Run(
-        spec,
-        stored.state,
-        inputs=stored.inputs,
-        generated=stored.generated,
-        ports=house.ports(history, journal, purse, tools),
-    )
-    outcome = await _outcome(house, stored, run)
+    async with _equipped(house, stored, spec) as kit:
+        run = Run(
+            kit.spec,
+            stored.state,
+            inputs=stored.inputs,
+            generated=stored.generated,
+            ports=house.ports(history, journal, purse, kit.tools),
+        )
+        outcome = await _outcome(house, stored, run, kit.failure)
     ended = await _finish(stored, run, journal, outcome)
     if stored.webhook is not None:
         await queue.wake(house.database)
@@ -158,8 +161,23 @@ async def _drive(house: House, stored: StoredRun) -> Ended:
     return ended
 
 
+def _equipped(house: House, stored: StoredRun, spec: RunSpec) -> AbstractAsyncContextManager[Kit]:
+    row = stored.interaction
+    return house.equipment.kit(
+        equip.Run(
+            spec=spec,
+            project_id=row.project_id,
+            interaction_id=row.id,
+            environment_id=row.environment_id,
+            epoch=stored.epoch,
+            secrets=stored.secrets,
+            is_ending=stored.is_cancelled or stored.is_hopeless,
+        )
+    )
+
+
 async def _outcome(  # noqa: PLR0911 - one for each way to end
-    house: House, stored: StoredRun, run: Run
+    house: House, stored: StoredRun, run: Run, failure: RequestError | None
 ) -> Outcome:
     """Drive the loop; a limit of time, a cancel and a bug are outcomes too."""
     interaction_id = stored.interaction.id
@@ -170,6 +188,9 @@ async def _outcome(  # noqa: PLR0911 - one for each way to end
         message = "The run's workers died too often without progress."
         await run.interrupt(message)
         return Outcome("failed", [{"code": "worker_lost", "message": message}])
+    if failure is not None:
+        await run.interrupt(failure.message)
+        return Outcome("failed", [{"code": failure.code, "message": failure.message}])
     try:
         return await run.drive()
     except asyncio.CancelledError:
@@ -179,9 +200,9 @@ async def _outcome(  # noqa: PLR0911 - one for each way to end
         return Outcome("cancelled")
     except (LeaseLost, *LOST):
         raise
-    except EngineError as failure:
-        await run.interrupt(failure.message)
-        return Outcome("failed", [{"code": failure.code, "message": failure.message}])
+    except EngineError as fault:
+        await run.interrupt(fault.message)
+        return Outcome("failed", [{"code": fault.code, "message": fault.message}])
     except Exception:  # noqa: BLE001 - a bug ends its run, not its worker
         _log.exception("run.crashed", interaction_id=interaction_id.hex)
         await run.interrupt("Internal error.")

@@ -16,13 +16,12 @@ from openinteractions.loop.run import Outcome, Run
 from openinteractions.loop.spec import RunSpec, RunState
 from openinteractions.resources.interactions.runner import Ended, Unstored
 from openinteractions.resources.interactions.store import StoredStep
-from openinteractions.runs import store
+from openinteractions.runs import equip, store
 from openinteractions.runs.house import House
 from openinteractions.runs.journal import MemoryJournal
 from openinteractions.runs.purse import DayPurse
 from openinteractions.runs.store import Line
 from openinteractions.runs.stored import spend_of
-from openinteractions.tools.toolbox import toolbox
 from openinteractions.wire.events import completed, created, encode, error, status_update
 from openinteractions.wire.usage import EMPTY_USAGE
 
@@ -104,21 +103,32 @@ class InMemory:
         purse = None
         if asked.is_budgeted:
             purse = DayPurse(house.database, asked.project_id, asked.key_id)
-        spec = RunSpec.load(asked.spec)
-        tools = toolbox(spec.own_tools, house.workplace(asked.environment_id, ids.uuid7(), 1))
-        run = Run(
-            spec,
-            RunState(),
-            inputs=asked.steps,
-            generated=[],
-            ports=house.ports(house.history(asked.project_id, line), self._journal, purse, tools),
-        )
-        try:
-            outcome = await run.drive()
-        finally:
-            # Also where the caller went away: what was answered was paid for.
-            await asyncio.shield(self._end(run))
+        history = house.history(asked.project_id, line)
+        async with house.equipment.kit(self._wanted()) as kit:
+            run = Run(
+                kit.spec,
+                RunState(),
+                inputs=asked.steps,
+                generated=[],
+                ports=house.ports(history, self._journal, purse, kit.tools),
+            )
+            try:
+                outcome = await run.drive()
+            finally:
+                # Also where the caller went away: what was answered was paid for.
+                await asyncio.shield(self._end(run))
         return self._ended(run, outcome)
+
+    def _wanted(self) -> equip.Run:
+        asked = self._unstored
+        return equip.Run(
+            spec=RunSpec.load(asked.spec),
+            project_id=asked.project_id,
+            interaction_id=ids.uuid7(),
+            environment_id=asked.environment_id,
+            epoch=1,
+            secrets=asked.secrets,
+        )
 
     async def _end(self, run: Run) -> None:
         await self._pay(run)

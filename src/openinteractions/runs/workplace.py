@@ -2,22 +2,26 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 from uuid import UUID
 
 import structlog
 
 from openinteractions.errors import NotFound, RequestError, Unready
 from openinteractions.resources.environments.service import Environments
-from openinteractions.sandbox.port import Command, Exit, Output
+from openinteractions.sandbox.port import Command, Entry, Exit, Output
 from openinteractions.tools.port import Done
+
+_T = TypeVar("_T")
 
 _log = structlog.get_logger(__name__)
 
 _PATIENCE_S = 60.0
 _LOOK_S = 0.5
 _MARK_BYTES = 200
+_PIECE_BYTES = 256 * 1024
 
 
 class Bounded:
@@ -103,6 +107,88 @@ class RemoteWorkplace:
             # The broker ends what belongs to an interaction that has ended.
             _log.warning("execution.not_killed", execution_id=self._id(key), error=error.message)
 
+    async def has_files(self) -> bool:
+        """Whether the environment has any files yet; looking makes none."""
+        return await self.sandboxes.has_files(self.environment_id)
+
+    async def stat(self, path: str) -> Entry:
+        """One file or folder."""
+
+        async def ask(address: str) -> Entry:
+            return await self.sandboxes.client.stat(address, self.environment_id, path)
+
+        return await self._patiently(ask)
+
+    async def list(
+        self, path: str, *, recursive: bool = False, limit: int = 1000, after: str | None = None
+    ) -> tuple[Sequence[Entry], str | None]:
+        """What a folder holds, by path, and where the next page starts."""
+
+        async def ask(address: str) -> tuple[Sequence[Entry], str | None]:
+            return await self.sandboxes.client.list(
+                address, self.environment_id, path, recursive=recursive, limit=limit, after=after
+            )
+
+        return await self._patiently(ask)
+
+    async def read(self, path: str, *, offset: int = 0, max_bytes: int) -> tuple[bytes, int]:
+        """At most `max_bytes` of a file from `offset` on, and the whole file's size in bytes."""
+
+        async def ask(address: str) -> tuple[bytes, int]:
+            data = bytearray()
+            async with self.sandboxes.client.read(
+                address, self.environment_id, path, offset=offset, length=max_bytes
+            ) as file:
+                async for chunk in file:
+                    data += chunk
+                    if len(data) >= max_bytes:
+                        break
+                return bytes(data[:max_bytes]), file.size
+
+        return await self._patiently(ask)
+
+    async def write(self, path: str, data: bytes) -> None:
+        """Write a file, whole or not at all, over what is there; folders above it are made."""
+
+        async def ask(address: str) -> None:
+            await self.sandboxes.client.write(
+                address, self.environment_id, path, _pieces(data), overwrite=True
+            )
+
+        await self._patiently(ask)
+        self.sandboxes.files_changed(self.environment_id)
+
+    async def remove(self, path: str, *, recursive: bool = False) -> None:
+        """Remove a file or folder."""
+        tries = 0
+
+        async def ask(address: str) -> None:
+            nonlocal tries
+            tries += 1
+            try:
+                await self.sandboxes.client.remove(
+                    address, self.environment_id, path, recursive=recursive
+                )
+            except NotFound:
+                # The answer to an earlier try may be all that was lost.
+                if tries == 1:
+                    raise
+
+        await self._patiently(ask)
+        self.sandboxes.files_changed(self.environment_id)
+
+    async def _patiently(self, ask: Callable[[str], Awaitable[_T]]) -> _T:
+        """Ask the broker what may be asked again; one that is being started again is waited for."""
+        deadline = time.monotonic() + _PATIENCE_S
+        while True:
+            address = await self._address()
+            try:
+                return await ask(address)
+            except Unready:
+                if time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(_LOOK_S)
+
     def _id(self, key: str) -> str:
         return f"{self.interaction_id.hex}.{key}"
 
@@ -116,3 +202,9 @@ class RemoteWorkplace:
                 if time.monotonic() > deadline:
                     raise
             await asyncio.sleep(_LOOK_S)
+
+
+async def _pieces(data: bytes) -> AsyncGenerator[bytes]:
+    # One long piece would hold up everything else in this process.
+    for start in range(0, len(data), _PIECE_BYTES):
+        yield data[start : start + _PIECE_BYTES]

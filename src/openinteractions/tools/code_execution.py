@@ -10,12 +10,11 @@ from typing import Any
 from openinteractions.errors import RequestError, Unready
 from openinteractions.models.port import Json, ToolCall
 from openinteractions.sandbox.port import Exit, SandboxError
-from openinteractions.tools.port import Done, Workplace
+from openinteractions.tools import output
+from openinteractions.tools.port import Call, Done, Means, Tool, Workplace
 
 NAME = "code_execution"
 TIMEOUT_S = 600.0
-MAX_OUTPUT_BYTES = 48 * 1024
-"""What a model is shown of a command's output; the middle of more is left out, and marked."""
 
 _MAX_ARGUMENT_BYTES = 100 * 1024
 """The kernel takes at most 128 KiB as one argument of a command."""
@@ -55,7 +54,8 @@ is shown. Figures of matplotlib that are open at the end are returned as images.
 
 Files in /workspace stay for later calls and later turns; /tmp does not. A call ends after ten \
 minutes: start servers and other long jobs in the background. Where there is network access at \
-all, it may be limited to some hosts; a refusal says why."""
+all, it may be limited to some hosts; a refusal says why. Of an output longer than 24 kB you see \
+the beginning and the end; a file in /home/agent/outputs, named there, has the whole."""
 
 _PARAMETERS: Json = {
     "type": "object",
@@ -71,8 +71,16 @@ _PARAMETERS: Json = {
 }
 
 
+def tools(config: Json, means: Means) -> Mapping[str, Tool]:
+    """The one tool that this is, by its name."""
+    del config
+    return {NAME: CodeExecution(means.workplace)}
+
+
 class CodeExecution:
-    """Implements `tools.port.Tool`."""
+    """Implements `tools.port.Tool`; keyed."""
+
+    is_pure = False
 
     def __init__(self, workplace: Workplace | None) -> None:
         self._place = workplace
@@ -94,10 +102,10 @@ class CodeExecution:
         """A `code_execution_result` step that says what went wrong."""
         return _failed(message)
 
-    async def run(self, step: Json, key: str) -> Json:
+    async def run(self, call: Call) -> Json:
         """Run the code; a `code_execution_result` step."""
         try:
-            return await self._run(step["arguments"], key)
+            return await self._run(call.step["arguments"], call.key)
         except Unready as error:
             return _failed(
                 f"The sandbox could not be reached, so it is unknown whether this ran: "
@@ -118,16 +126,16 @@ class CodeExecution:
         if language in ("python", "py", "python3"):
             done = await self._python(code, key)
             figures = await self._figures(code, key) if done.exit.outcome == "exited" else []
-            return _result(done, figures)
+            return _result(done, await output.shown(self._place, done, key), figures)
         command = _COMMANDS.get(language)
         if command is None:
             return _failed(f"There is no language {language!r}: use python, bash or javascript.")
         if len(code.encode()) > _MAX_ARGUMENT_BYTES:
             return _failed("The code is longer than 100 kB: write it into a file in parts.")
         done = await self._place.execute(
-            key, [*command, code], timeout_s=TIMEOUT_S, max_output_bytes=MAX_OUTPUT_BYTES
+            key, [*command, code], timeout_s=TIMEOUT_S, max_output_bytes=output.KEPT_BYTES
         )
-        return _result(done)
+        return _result(done, await output.shown(self._place, done, key))
 
     async def _python(self, code: str, key: str) -> Done:
         assert self._place is not None
@@ -136,7 +144,7 @@ class CodeExecution:
             [code],
             session=_SESSION,
             timeout_s=TIMEOUT_S,
-            max_output_bytes=MAX_OUTPUT_BYTES,
+            max_output_bytes=output.KEPT_BYTES,
         )
 
     async def _figures(self, code: str, key: str) -> list[Json]:
@@ -164,9 +172,8 @@ def _figures_of(key: str) -> str:
     return f"{key}.figures"
 
 
-def _result(done: Done, figures: list[Json] | None = None) -> Json:
+def _result(done: Done, text: str, figures: list[Json] | None = None) -> Json:
     remark = _remark(done.exit)
-    text = done.text
     if remark is not None:
         text = f"{text.rstrip()}\n[{remark}]".lstrip() if text.strip() else f"[{remark}]"
     result: Any = text

@@ -1,26 +1,39 @@
 """The server-side tools of one run, found by the name that the model calls, or by a step."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+from openinteractions.models.calls import mcp_function
 from openinteractions.models.port import Json
-from openinteractions.tools.code_execution import CodeExecution
-from openinteractions.tools.port import Tool, Workplace
+from openinteractions.tools import code_execution, mcp, tool_search
+from openinteractions.tools.browser import tool as browser
+from openinteractions.tools.port import Means, Tool
+from openinteractions.tools.web import search, url_context
+from openinteractions.tools.workspace import tools as workspace
 
-SANDBOXED = frozenset({"code_execution"})
+_MAKERS: Mapping[str, Callable[[Json, Means], Mapping[str, Tool]]] = {
+    "browser": browser.tools,
+    "code_execution": code_execution.tools,
+    "google_search": search.tools,
+    "mcp_server": mcp.tools,
+    "tool_search": tool_search.tools,
+    "url_context": url_context.tools,
+    "workspace": workspace.tools,
+}
+
+SANDBOXED = frozenset({"browser", "code_execution", "workspace"})
 """Types of tools that run in the run's sandbox."""
 
 
-def toolbox(tools: Sequence[Json], workplace: Workplace | None) -> "Toolbox":
+def toolbox(tools: Sequence[Json], means: Means) -> "Toolbox":
     """The tools of a run.
 
     Args:
-        tools: Contract tools that this server runs.
-        workplace: The run's sandbox; None where only declarations are needed.
+        tools: The run spec's `own_tools`.
+        means: What they work with.
     """
     found: dict[str, Tool] = {}
     for tool in tools:
-        if tool["type"] == "code_execution":
-            found["code_execution"] = CodeExecution(workplace)
+        found |= _MAKERS[tool["type"]](tool, means)
     return Toolbox(found)
 
 
@@ -29,6 +42,10 @@ class Toolbox:
 
     def __init__(self, tools: Mapping[str, Tool]) -> None:
         self._tools = dict(tools)
+
+    def all(self) -> Mapping[str, Tool]:
+        """Every tool, by its name."""
+        return dict(self._tools)
 
     def declarations(self) -> list[Json]:
         """The functions that the model sees."""
@@ -43,4 +60,11 @@ class Toolbox:
         kind: str = step["type"]
         if not kind.endswith("_call"):
             return None
-        return self._tools.get(step["name"] if kind == "function_call" else kind[: -len("_call")])
+        match kind:
+            case "function_call":
+                name: str = step["name"]
+            case "mcp_server_tool_call":
+                name = mcp_function(step["server_name"], step["name"])
+            case _:
+                name = kind[: -len("_call")]
+        return self._tools.get(name)

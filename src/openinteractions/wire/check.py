@@ -31,6 +31,18 @@ _ECHOED = (
 )
 
 
+_BUILT_IN = ("antigravity", "deep-research-", "code-mender")
+
+
+def named_agent(body: Json) -> Json:
+    """The body with the id of a built-in agent at `agent`: samples pass it as `model` too."""
+    model: str | None = body.get("model")
+    if model is None or "agent" in body or not model.startswith(_BUILT_IN):
+        return body
+    rest = {key: value for key, value in body.items() if key != "model"}
+    return {**rest, "agent": model}
+
+
 def combinations(body: Json) -> None:
     """Refuse fields that do not go together.
 
@@ -45,7 +57,7 @@ def combinations(body: Json) -> None:
     if "labels" in body:
         _labels(body["labels"])
     if "tools" in body or "generation_config" in body:
-        _tools(body)
+        tools(body)
 
 
 def _model_or_agent(body: Json) -> None:
@@ -58,6 +70,9 @@ def _model_or_agent(body: Json) -> None:
         for name in ("generation_config", "cached_content"):
             if name in body:
                 raise Invalid(f"'{name}' needs a 'model'; it is not allowed with 'agent'.")
+        for name in ("response_format", "response_mime_type", "response_modalities"):
+            if body.get(name):
+                raise Invalid(f"'{name}' is not supported with 'agent': agents answer in text.")
     else:
         raise Invalid("Missing required parameter 'model' or 'agent'.")
 
@@ -84,15 +99,20 @@ def _is_label(text: str) -> bool:
     )
 
 
-def _tools(body: Json) -> None:
-    tools = cast("list[Json]", body.get("tools", []))
+def tools(body: Json) -> None:
+    """Refuse tools that do not go together, and a choice among them that names others.
+
+    Raises:
+        Invalid: The message names them.
+    """
+    given = cast("list[Json]", body.get("tools", []))
     names: set[str] = set()
-    for index, tool in enumerate(tools):
+    for index, tool in enumerate(given):
         if tool["type"] == "function":
             if tool["name"] in names:
                 raise Invalid(f"Duplicate function name '{tool['name']}' at 'tools[{index}]'.")
             names.add(tool["name"])
-    kinds = {tool["type"] for tool in tools}
+    kinds = {tool["type"] for tool in given}
     if {"google_search", "file_search"} <= kinds:
         raise Invalid("The tools 'google_search' and 'file_search' cannot be used together.")
     # The tools of MCP servers and environments are known only later.
@@ -191,9 +211,9 @@ def echo(body: Json) -> Json:
     repeated: Json = {name: body[name] for name in _ECHOED if name in body}
     repeated["service_tier"] = body.get("service_tier", "standard")
     if "tools" in body:
-        repeated["tools"] = [_public_tool(tool) for tool in body["tools"]]
+        repeated["tools"] = [public_tool(tool) for tool in body["tools"]]
     if "environment" in body:
-        repeated["environment"] = _public_environment(body["environment"])
+        repeated["environment"] = public_environment(body["environment"])
     return repeated
 
 
@@ -201,7 +221,8 @@ def _without(fields: Json, *secret: str) -> Json:
     return {key: value for key, value in fields.items() if key not in secret}
 
 
-def _public_tool(tool: Json) -> Json:
+def public_tool(tool: Json) -> Json:
+    """A tool as its caller may see it again: without secrets."""
     match tool["type"]:
         case "mcp_server":
             shown_tool = _without(tool, "headers", "credential")
@@ -215,7 +236,8 @@ def _public_tool(tool: Json) -> Json:
             return tool
 
 
-def _public_environment(environment: str | Json) -> str | Json:
+def public_environment(environment: str | Json) -> str | Json:
+    """An `environment` as its caller may see it again: without contents and secrets."""
     if isinstance(environment, str):
         return environment
     public = _without(environment, "env")

@@ -134,6 +134,7 @@ def parse_create(raw: bytes | Json, *, max_depth: int) -> CreateInteraction:
         Invalid: The first and most useful thing that is wrong with it.
     """
     body = cast("Json", validated(CREATE, read(CREATE, raw, max_depth=max_depth)))
+    body = check.named_agent(body)
     check.combinations(body)
     form, steps = _steps(body)
     previous, branch_step = _branch(body.get("previous_interaction_id"))

@@ -125,12 +125,13 @@ def _token_url(value: str) -> str:
     if parts.fragment or parts.username is not None or parts.password is not None:
         raise refusal("Invalid value{at}: expected a URL without user, password and fragment.")
     # The client secret travels to it.
-    if parts.scheme != "https" and not (parts.scheme == "http" and _is_private(host)):
+    if parts.scheme != "https" and not (parts.scheme == "http" and is_private_host(host)):
         raise refusal("Invalid value{at}: expected https (http only inside a private network).")
     return value
 
 
-def _is_private(host: str) -> bool:
+def is_private_host(host: str) -> bool:
+    """Whether a host is inside a private network by its looks: then secrets may go over http."""
     try:
         return not ip_address(host).is_global
     except ValueError:

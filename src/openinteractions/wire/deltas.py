@@ -6,8 +6,8 @@ a step comes back.
 """
 
 import binascii
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, cast
 
 import orjson
 
@@ -22,12 +22,15 @@ _NAMED = {
     "mcp_server_tool_call": ("name", "server_name"),
     "mcp_server_tool_result": ("name", "server_name"),
 }
+AT_STOP: Final = ("usage", "step_usage")
+"""Keys of a step that a stream shows with its `step.stop`: they are known only then."""
 # Formats whose chunks can be put one behind the other; a WAV file has a header.
 _CHUNKED_AUDIO = ("audio/l16", "audio/pcm", "audio/alaw", "audio/mulaw", "audio/mp3", "audio/mpeg")
 
 
 def step_skeleton(step: Json) -> Json:
-    """The step as `step.start` shows it: all that its deltas do not bring."""
+    """The step as `step.start` shows it: all that its deltas and its end do not bring."""
+    step = {key: value for key, value in step.items() if key not in AT_STOP}
     kind = step["type"]
     if kind in _SPOKEN:
         return _without_list(step, "content")
@@ -63,6 +66,42 @@ def step_deltas(step: Json) -> list[Json]:
     if _shown_at_start(kind, step.get("result")):
         del carried["result"]
     return [{"type": kind, **carried}]
+
+
+def units(delta: Json) -> int:
+    """How far a delta moves the position in its step: characters of streamed text, else one."""
+    text = _streamed_text(delta)
+    return 1 if text is None else len(text)
+
+
+def pieces(delta: Json, max_chars: int) -> Iterator[Json]:
+    """A delta in pieces that a reader can resume between; only an answer's text is cut."""
+    text = _streamed_text(delta) if delta["type"] == "text" else None
+    if text is None or len(text) <= max_chars:
+        yield delta
+        return
+    for start in range(0, len(text), max_chars):
+        yield {**delta, "text": text[start : start + max_chars]}
+
+
+def rest(delta: Json, chars: int) -> Json:
+    """What a reader still lacks of a delta: the last so many characters of its text."""
+    text = _streamed_text(delta)
+    if text is None or chars >= len(text):
+        return delta
+    lacking = text[-chars:]
+    if delta["type"] == "text":
+        return {**delta, "text": lacking}
+    return {**delta, "content": {**delta["content"], "text": lacking}}
+
+
+def _streamed_text(delta: Json) -> str | None:
+    """The text of a delta that counts by its characters."""
+    holder = cast(
+        "Json", delta.get("content") or {} if delta["type"] == "thought_summary" else delta
+    )
+    text = holder.get("text")
+    return text if holder.get("type") == "text" and isinstance(text, str) else None
 
 
 def merge(step: Json, delta: Json) -> None:

@@ -77,6 +77,8 @@ class EnvironmentConfig(TypedDict, total=False):
 
     type: Required[Annotated[Literal["remote"], LOWER]]
     environment_id: Name
+    from_environment: Name
+    """Make a copy of this one, to which the other fields are added. An addition to the contract."""
     sources: list[Source]
     network: Network
     env: Env
@@ -86,6 +88,18 @@ Environment: TypeAlias = Annotated[
     Annotated[Name, Tag("string")] | Annotated[EnvironmentConfig, Tag("object")], BY_SHAPE
 ]
 """`"remote"`, the id of an environment, or a configuration."""
+
+
+def named_in(config: Json) -> tuple[str | None, str | None]:
+    """The ids of the environment that a configuration changes, and of the one that it copies.
+
+    Raises:
+        Invalid: It has both.
+    """
+    changed, copied = config.get("environment_id"), config.get("from_environment")
+    if changed is not None and copied is not None:
+        raise Invalid("Only one of 'environment_id' and 'from_environment' may be given.")
+    return changed, copied
 
 
 def variables(env: Json | list[Json]) -> dict[str, Json]:

@@ -253,6 +253,11 @@ class WebhookConfig(TypedDict, total=False):
     """Comes back in each event."""
 
 
+Approve: TypeAlias = Annotated[list[Name], Field(max_length=100)]
+"""Names of tools that this server runs, `*` for any part of one. A call of theirs waits until a
+`function_result` for it says `approve`, `deny`, or gives other arguments."""
+
+
 @with_config(REQUEST)
 class Limits(TypedDict, total=False):
     """What an interaction may use. An extension of this server."""
@@ -261,6 +266,7 @@ class Limits(TypedDict, total=False):
     max_cost_usd: Positive
     max_steps: Count
     max_seconds: Positive
+    approve: Approve
 
 
 @with_config(REQUEST)
@@ -306,6 +312,11 @@ class DynamicConfig(TypedDict, total=False):
     max_cost_usd: Positive
     max_steps: Count
     max_seconds: Positive
+    approve: Approve
+    version: Count
+    """Which version of a custom agent."""
+    thinking_summaries: ThinkingSummaries
+    collaborative_planning: bool
 
 
 AgentConfig: TypeAlias = Annotated[

@@ -40,6 +40,13 @@ class UrlContextTool(TypedDict):
 
 
 @with_config(REQUEST)
+class BrowserTool(TypedDict):
+    """Operates a browser in the sandbox. An extension of this server."""
+
+    type: Annotated[Literal["browser"], LOWER]
+
+
+@with_config(REQUEST)
 class GoogleSearchTool(TypedDict, total=False):
     """Searches the web."""
 
@@ -173,6 +180,7 @@ Tool: TypeAlias = Annotated[
     Annotated[FunctionTool, Tag("function")]
     | Annotated[CodeExecutionTool, Tag("code_execution")]
     | Annotated[UrlContextTool, Tag("url_context")]
+    | Annotated[BrowserTool, Tag("browser")]
     | Annotated[GoogleSearchTool, Tag("google_search")]
     | Annotated[GoogleMapsTool, Tag("google_maps")]
     | Annotated[FileSearchTool, Tag("file_search")]

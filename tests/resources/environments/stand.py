@@ -15,6 +15,7 @@ from yarl import URL
 from openinteractions.broker.errors import rendered
 from openinteractions.broker.files import add_file_routes
 from openinteractions.errors import NotFound
+from openinteractions.resources.environments.store import set_disk
 from openinteractions.sandbox.disk import Disks
 from openinteractions.sandbox.files.tree import Tree
 
@@ -118,6 +119,7 @@ def _app(stand: Stand) -> web.Application:
     async def ensure(request: web.Request) -> web.Response:
         name, source = request.match_info["env"], (await request.json()).get("from")
         await (disks.ensure(name) if source is None else disks.fork(source, name))
+        await set_disk(stand.server.database, UUID(name), has_disk=True)
         return web.json_response({})
 
     async def delete(request: web.Request) -> web.Response:

@@ -26,7 +26,7 @@ from openinteractions.resources.environments.sources import Source, Sources, fau
 from openinteractions.resources.environments.store import Environment, NewEnvironment, Place
 from openinteractions.sandbox.client import BrokerClient
 from openinteractions.sandbox.egress.policy import Reach, check_network
-from openinteractions.wire.environment import variables
+from openinteractions.wire.environment import named_in, variables
 from openinteractions.wire.environments import environment_id, parse_environment_id
 from openinteractions.wire.explain import shown
 from openinteractions.wire.fields import Json
@@ -71,6 +71,11 @@ class _Change:
     configuration: Configuration
     sources: list[Source]
 
+    def then(self, other: "_Change") -> "_Change":
+        """This with another one on top."""
+        configuration = self.configuration.changed(other.configuration)
+        return _Change(configuration, self.sources + other.sources)
+
 
 class Environments:
     """The resource's connections to the rest of the house."""
@@ -110,9 +115,18 @@ class Environments:
             TooMany: The project has as many as it may.
             Unready: No broker can take its sources.
         """
-        if "from_environment" in body:
-            return await self._fork(project_id, body)
-        return await self._make(project_id, await self._checked(project_id, body))
+        if "from_environment" not in body:
+            row = await self._make(project_id, await self._checked(project_id, body))
+            return await self._counted_anew(row) if row.has_disk else row
+        for name in ("sources", "env"):
+            if body.get(name):
+                raise Invalid(f"'{name}' does not go with 'from_environment': it must be empty.")
+        parent = await self._usable(project_id, body["from_environment"])
+        change = await self._checked(project_id, body)
+        if parent.has_disk:
+            # The same files: counting those of the copy would have to mount it.
+            parent = await self._counted_anew(parent)
+        return await self._make(project_id, change, parent)
 
     async def get(self, project_id: UUID, text: str) -> Environment:
         """Find an environment by its public id; it may have expired.
@@ -196,15 +210,60 @@ class Environments:
         """
         if isinstance(value, str):
             if value.lower() == _REMOTE:
-                return (await self._make(project_id, _Change(Configuration(), []))).id
+                return await self.derive(project_id, None)
             return (await self._usable(project_id, value)).id
-        text: str | None = value.get("environment_id")
-        row = None if text is None else await self._usable(project_id, text)
-        change = await self._checked(project_id, value)
-        if row is None:
-            return (await self._make(project_id, change)).id
-        await self._change(row, change)
+        changed, copied = named_in(value)
+        if changed is None:
+            return await self.derive(project_id, copied, value)
+        row = await self._usable(project_id, changed)
+        await self._change(row, await self._checked(project_id, value))
         return row.id
+
+    async def derive(self, project_id: UUID, parent: str | None, *configs: Json) -> UUID:
+        """A new environment: what valid configurations say, one on top of the other.
+
+        Each one's network replaces that of those before it, its variables and sources are added.
+
+        Args:
+            project_id: Whose.
+            parent: The id of the environment whose files and configuration it begins with; None:
+                it begins empty, and without sources takes no disk and needs no broker.
+            configs: What comes on top.
+
+        Raises:
+            Invalid: A source, the network or a variable is wrong; nothing is left behind.
+            NotFound: The parent is unknown, has expired, or has lost its files.
+            TooMany: The project has as many as it may.
+            Unready: No broker can take its sources, or the parent's gives no sign of life.
+        """
+        row = None if parent is None else await self._usable(project_id, parent)
+        wanted = _Change(Configuration(), [])
+        for config in filter(None, configs):
+            wanted = wanted.then(await self._checked(project_id, config))
+        return (await self._make(project_id, wanted, row)).id
+
+    async def check(self, project_id: UUID, value: str | Json) -> None:
+        """See that a valid `environment` could be had, as far as can be told without making it.
+
+        Raises:
+            Invalid: A source, the network or a variable is wrong.
+            NotFound: The id is unknown, or its environment has expired.
+        """
+        if isinstance(value, str):
+            if value.lower() != _REMOTE:
+                await self._usable(project_id, value)
+            return
+        changed, copied = named_in(value)
+        parent = changed or copied
+        if parent is not None:
+            await self._usable(project_id, parent)
+        await self._checked(project_id, value)
+
+    async def discard(self, project_id: UUID, environment: UUID) -> None:
+        """Take back an environment that was made for something which then failed."""
+        place = await store.delete(self._database, project_id, environment)
+        if place is not None and place.address is not None:
+            await self._remove(environment, place.address)
 
     async def locate(self, environment: UUID) -> str:
         """The address of the broker that has an environment; one that nobody has yet is placed.
@@ -224,9 +283,29 @@ class Environments:
             raise _is_away(place)
         if not place.has_disk:
             with faults_shown():
+                # The broker notes that it has a disk now.
                 await self.client.ensure(place.address, environment)
-            await store.set_disk(self._database, environment, has_disk=True)
         return place.address
+
+    async def has_files(self, environment: UUID) -> bool:
+        """Whether an environment has a disk yet; looking makes none.
+
+        Raises:
+            NotFound: It is absent, deleted or expired.
+        """
+        place = await store.locate(self._database, environment)
+        if place is None:
+            raise _not_found(environment_id(environment))
+        return place.has_disk
+
+    async def network_of(self, project_id: UUID, environment: UUID) -> str | Json | None:
+        """An environment's `network` as it is now, with its secrets; None: it says nothing.
+
+        Raises:
+            NotFound: It is absent, deleted, expired, or another project's.
+        """
+        row = await self._usable(project_id, environment_id(environment))
+        return self._configuration(row).network
 
     async def require_broker(self) -> None:
         """Refuse what needs a sandbox, where none can be had.
@@ -308,44 +387,33 @@ class Environments:
                     f"expected {fit}."
                 )
 
-    async def _make(self, project_id: UUID, change: _Change) -> Environment:
-        row = await self._insert(project_id, change.configuration)
-        if not change.sources:
+    async def _make(
+        self, project_id: UUID, change: _Change, parent: Environment | None = None
+    ) -> Environment:
+        wanted, copied = change.configuration, None
+        if parent is not None:
+            wanted = self._configuration(parent).changed(wanted)
+            if parent.has_disk:
+                copied = parent
+            else:
+                await self.touch(parent.id)
+        address = None if copied is None else await self.locate(copied.id)
+        row = await self._insert(project_id, wanted, copied)
+        if copied is None and not change.sources:
             return row
         try:
-            address = await self.locate(row.id)
+            address = address or await self.locate(row.id)
+            if copied is not None:
+                with faults_shown():
+                    await self.client.ensure(address, row.id, source=copied.id)
             await self._sources.put(address, row.id, change.sources)
         except BaseException:
-            await asyncio.shield(self._discard(row))
+            await asyncio.shield(self.discard(project_id, row.id))
             raise
-        return await self._counted_anew(replace(row, has_disk=True))
-
-    async def _fork(self, project_id: UUID, body: Json) -> Environment:
-        for name in ("sources", "env"):
-            if body.get(name):
-                raise Invalid(f"'{name}' does not go with 'from_environment': it must be empty.")
-        parent = await self._usable(project_id, body["from_environment"])
-        network = (await self._checked(project_id, body)).configuration.network
-        wanted = self._configuration(parent).changed(Configuration(network=network))
-        if not parent.has_disk:
-            return await self._insert(project_id, wanted)
-        address = await self.locate(parent.id)
-        row = await self._insert(project_id, wanted, broker=parent.broker)
-        try:
-            with faults_shown():
-                await self.client.ensure(address, row.id, source=parent.id)
-            await store.set_disk(self._database, row.id, has_disk=True)
-        except BaseException:
-            await asyncio.shield(self._discard(row))
-            raise
-        # The same files: counting those of the copy would have to mount it.
-        counted = await self._counted_anew(parent)
-        count, size = counted.file_count, counted.size_bytes
-        await store.set_usage(self._database, row.id, file_count=count, size_bytes=size)
-        return replace(row, has_disk=True, file_count=count, size_bytes=size)
+        return replace(row, has_disk=True)
 
     async def _insert(
-        self, project_id: UUID, wanted: Configuration, *, broker: str | None = None
+        self, project_id: UUID, wanted: Configuration, copied: Environment | None
     ) -> Environment:
         key = ids.uuid7()
         new = NewEnvironment(
@@ -353,7 +421,10 @@ class Environments:
             project_id=project_id,
             public=wanted.public(),
             sealed=self._seal(project_id, key, wanted),
-            broker=broker,
+            broker=None if copied is None else copied.broker,
+            # Known before there are any: a write after the copy would wait for the copy's own.
+            file_count=0 if copied is None else copied.file_count,
+            size_bytes=0 if copied is None else copied.size_bytes,
         )
         most = self._rules.max_environments
         row = await store.create(self._database, new, ttl=self._rules.ttl, most=most)
@@ -431,12 +502,6 @@ class Environments:
             return row
         await store.set_usage(self._database, row.id, file_count=count, size_bytes=size)
         return replace(row, file_count=count, size_bytes=size)
-
-    async def _discard(self, row: Environment) -> None:
-        """Take back an environment whose making failed."""
-        place = await store.delete(self._database, row.project_id, row.id)
-        if place is not None and place.address is not None:
-            await self._remove(row.id, place.address)
 
     async def _remove(self, environment: UUID, address: str) -> None:
         """Have a broker delete the files of one that is gone; if it fails, the upkeep does so."""

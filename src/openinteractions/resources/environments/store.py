@@ -20,8 +20,9 @@ _USABLE = """deleted_at is null and expired_at is null
  and (expires_at is null or expires_at >= now())"""
 
 _CREATE = f"""
-insert into environments (id, project_id, broker, public, sealed, expires_at)
-select $1, $2, $3, $4, $5, now() + $6::interval
+insert into environments
+  (id, project_id, broker, public, sealed, expires_at, file_count, size_bytes)
+select $1, $2, $3, $4, $5, now() + $6::interval, $8, $9
  where $7::int is null
     or (select count(*)
           from (select from environments where project_id = $2 and {_USABLE} limit $7) as live) < $7
@@ -146,6 +147,8 @@ class NewEnvironment:
     sealed: bytes
     broker: str | None = None
     """None: placed when it is first needed."""
+    file_count: int = 0
+    size_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +178,16 @@ async def create(
     """
     async with database.hot() as connection:
         row = await connection.fetchrow(
-            _CREATE, new.id, new.project_id, new.broker, new.public, new.sealed, ttl, most
+            _CREATE,
+            new.id,
+            new.project_id,
+            new.broker,
+            new.public,
+            new.sealed,
+            ttl,
+            most,
+            new.file_count,
+            new.size_bytes,
         )
     return None if row is None else Environment(*row)
 

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Protocol
 from uuid import UUID
@@ -29,6 +29,17 @@ class Prepared:
     """It has tools that run in one."""
     environment_id: UUID | None = None
     """The sandbox that it works in; it is then left to the queue."""
+    secrets: dict[str, Any] | None = field(default=None, repr=False)
+    """Those of the request that its run needs: kept sealed, and in no other place."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Earlier:
+    """What a new interaction takes from the one that it continues."""
+
+    environment_id: UUID | None
+    pending: list[dict[str, Any]]
+    """Its calls that wait for a result, which the new one's input answers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +54,7 @@ class Lease:
     events_written: int
     key_id: UUID | None
     is_budgeted: bool
+    secrets: dict[str, Any] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +87,7 @@ class Unstored:
     stream: bool
     environment_id: UUID | None = None
     """A sandbox of its own, which goes with it."""
+    secrets: dict[str, Any] | None = field(default=None, repr=False)
 
 
 class MemoryRun(Protocol):
@@ -102,12 +115,12 @@ class Runner(Protocol):
         ...
 
     async def prepare(
-        self, project_id: UUID, request: CreateInteraction, base_url: str, inherited: UUID | None
+        self, project_id: UUID, request: CreateInteraction, base_url: str, earlier: Earlier | None
     ) -> Prepared:
-        """Resolve a request and make sure that its model can serve it.
+        """Resolve a request and make sure that its model or agent can serve it.
 
-        `base_url` is where this server is reached, for URIs that it hands out. `inherited` is the
-        environment of the interaction that this one continues.
+        `base_url` is where this server is reached, for URIs that it hands out. `earlier` is the
+        interaction that this one continues.
 
         Raises:
             Invalid: Something in it cannot be honoured; the message names it.

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from uuid import UUID
 
@@ -13,7 +13,9 @@ import structlog
 from openinteractions import ids, tracing
 from openinteractions.api import pages
 from openinteractions.api.scope import Caller
+from openinteractions.crypto import Sealer
 from openinteractions.db.engine import LOST, Database
+from openinteractions.db.sealed import interaction_purpose
 from openinteractions.errors import Conflict, Invalid, NotFound, Unready
 from openinteractions.events.follow import Hub, Tail
 from openinteractions.events.types import CREATED, IN_PROGRESS, Event, first_seq, join
@@ -24,6 +26,7 @@ from openinteractions.resources.interactions import render, store
 from openinteractions.resources.interactions.lost import LostResponses
 from openinteractions.resources.interactions.recent import RecentRows
 from openinteractions.resources.interactions.runner import (
+    Earlier,
     Ended,
     Lease,
     MemoryRun,
@@ -39,6 +42,7 @@ from openinteractions.resources.interactions.store import (
 )
 from openinteractions.wire.create import CreateInteraction
 from openinteractions.wire.events import created, encode, status_update
+from openinteractions.wire.fields import Json
 
 _log = structlog.get_logger(__name__)
 
@@ -68,6 +72,7 @@ class Service:
     lost: LostResponses
     recent: RecentRows
     retention: timedelta
+    sealer: Sealer
     max_attempts: int
     """Deaths of its workers without progress after which a run is failed."""
 
@@ -79,6 +84,13 @@ class Parent:
     row: Interaction
     cut: int | None
     """The last of its steps that counts; None: all."""
+    pending: list[Json] = field(default_factory=list[Json])
+    """Its calls without a result."""
+
+    @property
+    def earlier(self) -> Earlier:
+        """What the runner has to know of it."""
+        return Earlier(environment_id=self.row.environment_id, pending=self.pending)
 
 
 async def get(service: Service, caller: Caller, interaction_id: str) -> Interaction:
@@ -179,7 +191,7 @@ async def create_stored(service: Service, caller: Caller, asked: Asked) -> Start
         caller.project_id,
         request,
         asked.base_url,
-        None if parent is None else parent.row.environment_id,
+        None if parent is None else parent.earlier,
     )
     # At the end of its line is where most turns go; who finds that place taken opens a new line.
     for branch in (False, True, True):
@@ -259,7 +271,12 @@ async def create_unstored(
     """Start an interaction that leaves nothing behind but what it cost (ruling R16)."""
     parent = await _parent(service, caller, request)
     row = None if parent is None else parent.row
-    prepared = await service.runner.prepare(caller.project_id, request, base_url, None)
+    prepared = await service.runner.prepare(
+        caller.project_id,
+        request,
+        base_url,
+        None if parent is None else replace(parent.earlier, environment_id=None),
+    )
     place = None
     if row is not None:
         place = Place(segment_id=row.segment_id, depth=row.depth)
@@ -276,6 +293,7 @@ async def create_unstored(
             warnings=prepared.warnings,
             stream=request.stream,
             environment_id=prepared.environment_id,
+            secrets=prepared.secrets,
         )
     )
 
@@ -323,28 +341,28 @@ async def _parent(
             "wait for its end, or cancel it, before continuing it."
         )
     cut = request.branch_step
-    pending: list[str] = []
+    pending: list[Json] = []
     if cut is not None or row.status == "requires_action" or request.answers:
         pending = await _pending_calls(service, row, cut)
-    _require_answers(pending, request.answers)
-    return Parent(row, cut)
+    _require_answers([call["id"] for call in pending], request.answers)
+    return Parent(row, cut, pending)
 
 
-async def _pending_calls(service: Service, row: Interaction, cut: int | None) -> list[str]:
+async def _pending_calls(service: Service, row: Interaction, cut: int | None) -> list[Json]:
     rows = await store.steps(service.database, row)
     if cut is not None and cut >= len(rows):
         raise Invalid(
             f"Invalid value for 'previous_interaction_id': the interaction has {len(rows)} steps, "
             f"so there is no step {cut}."
         )
-    calls: dict[str, None] = {}
+    calls: dict[str, Json] = {}
     for stored in rows[: None if cut is None else cut + 1]:
         step = orjson.loads(stored.data)
         if stored.type.endswith("_call"):
-            calls[step["id"]] = None
+            calls[step["id"]] = step
         elif stored.type.endswith("_result"):
             calls.pop(step["call_id"], None)
-    return list(calls)
+    return list(calls.values())
 
 
 def _require_answers(pending: Sequence[str], answers: Sequence[str]) -> None:
@@ -412,6 +430,7 @@ async def _try_create(
         request_hash=asked.digest,
         environment_id=prepared.environment_id,
         trace=orjson.dumps(tracing.carrier()).decode(),
+        sealed=_sealed(service, caller.project_id, interaction_id, prepared),
     )
     try:
         created_at = await store.create(service.database, new)
@@ -432,6 +451,7 @@ async def _try_create(
         events_written=len(first_events),
         key_id=caller.key_id,
         is_budgeted=caller.is_budgeted,
+        secrets=prepared.secrets,
     )
     return Started(row, service.runner.start(lease), first_events, start)
 
@@ -450,6 +470,16 @@ async def _find_out(service: Service, new: NewInteraction) -> datetime:
                 return row.created_at
             break
     raise ConnectionResetError("the database was lost while an interaction was created")
+
+
+def _sealed(
+    service: Service, project_id: UUID, interaction_id: UUID, prepared: Prepared
+) -> bytes | None:
+    """The request's secrets as the row keeps them (ruling R22)."""
+    if prepared.secrets is None:
+        return None
+    purpose = interaction_purpose(project_id, interaction_id)
+    return service.sealer.seal(orjson.dumps(prepared.secrets), purpose=purpose)
 
 
 def _place(parent: Parent | None, *, branch: bool) -> Place:

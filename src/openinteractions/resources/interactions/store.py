@@ -27,10 +27,10 @@ with parent as (
   insert into interactions
     (id, project_id, key_id, segment_id, depth, previous_id, status, model, agent, background,
      logged, input_form, input_count, labels, echo, spec, warnings, expires_at, webhook,
-     idempotency_key, request_hash, created_by, environment_id)
+     idempotency_key, request_hash, created_by, environment_id, sealed)
   select $1, $2, $3, $4, $5, $6::uuid, 'in_progress', $7, $8, $9, $10::boolean, $11, $12,
          $13::jsonb, $14, $15, $16, now() + $17::interval, $29::bytea, $30, $31::bytea,
-         $34::bigint, $35::uuid
+         $34::bigint, $35::uuid, $36::bytea
    where $6 is null or exists (select from parent)
   on conflict (segment_id, depth) do nothing
   returning id, created_at
@@ -154,6 +154,8 @@ class NewInteraction:
     """The sandbox it works in; runs in one sandbox take turns."""
     trace: str
     """The trace that the run continues: a JSON object, empty where there is none."""
+    sealed: bytes | None
+    """Secrets of the request, encrypted."""
 
 
 class KeyTaken(Exception):
@@ -213,6 +215,7 @@ def _values(new: NewInteraction) -> tuple[object, ...]:
         new.trace,
         new.created_by,
         new.environment_id,
+        new.sealed,
     )
 
 

@@ -9,20 +9,19 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
-from typing import cast
 
 import orjson
 
 from openinteractions import ids
 from openinteractions.db.engine import LOST
 from openinteractions.events.follow import Subscription, follow
+from openinteractions.events.steps import step_events
 from openinteractions.events.types import (
     CREATED,
     ENDED,
     IN_PROGRESS,
     KINDS,
     START,
-    STOP,
     Cursor,
     Event,
     Position,
@@ -32,7 +31,7 @@ from openinteractions.resources.interactions import render, service, store
 from openinteractions.resources.interactions.runner import MemoryRun
 from openinteractions.resources.interactions.service import Service, Started
 from openinteractions.resources.interactions.store import Interaction, StoredStep
-from openinteractions.wire.deltas import step_deltas, step_skeleton
+from openinteractions.wire.deltas import rest
 from openinteractions.wire.events import (
     DONE,
     PING,
@@ -43,8 +42,6 @@ from openinteractions.wire.events import (
     sse_frame,
     status_update,
     step_delta,
-    step_start,
-    step_stop,
     with_event_id,
 )
 
@@ -183,7 +180,8 @@ def _events(row: Interaction, stored: Sequence[StoredStep]) -> Iterator[Event]:
     public = ids.interaction_id(row.id)
     yield Event("u", IN_PROGRESS, encode(status_update(public, "in_progress")))
     for item in stored:
-        yield from _step_events(item.index - row.input_count, orjson.loads(item.data))
+        index = item.index - row.input_count
+        yield from step_events(index, orjson.loads(item.data), max_chars=_PIECE_CHARS)
     if row.status == "failed" and row.errors is not None:
         fault = orjson.loads(row.errors)[0]
         yield Event("e", ENDED, encode(error(fault["code"], fault["message"])))
@@ -194,29 +192,6 @@ def _events(row: Interaction, stored: Sequence[StoredStep]) -> Iterator[Event]:
         if row.usage is not None:
             fields["usage"] = orjson.loads(row.usage)
         yield Event("f", ENDED, encode(completed(fields)))
-
-
-def _step_events(index: int, step: dict[str, object]) -> Iterator[Event]:
-    yield Event("s", Position(index, -1), encode(step_start(index, step_skeleton(step))))
-    offset = 0
-    for delta in step_deltas(step):
-        for piece, size in _pieces(delta):
-            offset += size
-            yield Event("d", Position(index, offset), encode(step_delta(index, piece)))
-    yield Event("t", Position(index, STOP), encode(step_stop(index)))
-
-
-def _pieces(delta: dict[str, object]) -> Iterator[tuple[dict[str, object], int]]:
-    """A delta in pieces that a reader can resume between; its units count as in the loop."""
-    text = delta.get("text")
-    if delta["type"] != "text" or not isinstance(text, str):
-        content = cast("dict[str, object]", delta.get("content") or {})
-        inner = content.get("text")
-        yield delta, len(inner) if isinstance(inner, str) else 1
-        return
-    for start in range(0, len(text), _PIECE_CHARS):
-        piece = text[start : start + _PIECE_CHARS]
-        yield {**delta, "text": piece}, len(piece)
 
 
 def _after(events: Iterator[Event], position: Position) -> Iterator[Event]:
@@ -232,13 +207,6 @@ def _rest(event: Event, position: Position) -> Event:
     """What the reader lacks of a text delta that begins before its position."""
     if event.kind != "d" or event.position.index != position.index or position.offset <= 0:
         return event
-    data = orjson.loads(event.data)
-    delta = data["delta"]
-    holder = delta if delta["type"] == "text" else delta.get("content", {})
-    text = holder.get("text")
-    if not isinstance(text, str):
-        return event
-    lacking = event.position.offset - position.offset
-    if lacking < len(text):
-        holder["text"] = text[-lacking:]
-    return replace(event, data=encode(data))
+    delta = orjson.loads(event.data)["delta"]
+    lacking = rest(delta, event.position.offset - position.offset)
+    return replace(event, data=encode(step_delta(position.index, lacking)))

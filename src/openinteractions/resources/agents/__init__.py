@@ -1,0 +1,1 @@
+"""Custom agents: a base agent with a caller's instructions, tools and files, in versions."""

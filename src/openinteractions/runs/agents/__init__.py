@@ -1,0 +1,1 @@
+"""Agents: what their ids stand for, and what they are told."""

@@ -1,0 +1,239 @@
+"""What an environment's files tell its agent: AGENTS.md, skills, hooks.
+
+Everything here comes from whoever may write those files: it is bounded, and what cannot be read is
+left out with a note. The conventions are the hosted API's
+(https://ai.google.dev/gemini-api/docs/custom-agents) and those of https://agents.md.
+"""
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeVar
+
+import yaml
+
+from openinteractions.errors import NotFound, RequestError, Unready
+from openinteractions.sandbox.port import MOUNTS, SandboxError
+from openinteractions.tools import hooks
+from openinteractions.tools.hooks import Hook
+from openinteractions.tools.port import Workplace
+
+T = TypeVar("T")
+
+MAX_INSTRUCTIONS_BYTES: Final = 32 * 1024
+MAX_SKILLS: Final = 50
+MAX_HOOKS_BYTES: Final = 64 * 1024
+
+_INSTRUCTIONS: Final = (
+    ".agents/AGENTS.md",
+    "workspace/.agents/AGENTS.md",
+    "workspace/AGENTS.md",
+)
+_AGENTS_FOLDERS: Final = (".agents", "workspace/.agents")
+_MAX_SKILL_FOLDERS: Final = 200
+_FRONT_MATTER_BYTES: Final = 8 * 1024
+_FRONT_MATTER: Final = re.compile(r"\A---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
+_MAX_NAME_CHARS: Final = 100
+_MAX_DESCRIPTION_CHARS: Final = 1024
+_MAX_NOTES: Final = 50
+_WAITS_S: Final = (0.5, 2.0)
+_UNSEEN: Final = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Instructions:
+    """One AGENTS.md."""
+
+    path: str
+    """In the sandbox: `/workspace/AGENTS.md`."""
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Skill:
+    """What the model is shown of a skill; it reads the rest when it needs it."""
+
+    name: str
+    description: str
+    path: str
+    """Of its SKILL.md, in the sandbox."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guidance:
+    """What was found. It survives JSON, so that a run can keep what it began with."""
+
+    instructions: tuple[Instructions, ...] = ()
+    skills: tuple[Skill, ...] = ()
+    hooks: tuple[Hook, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+    """What was left out, and why, for whoever keeps those files."""
+
+    @classmethod
+    def load(cls, values: dict[str, Any]) -> "Guidance":
+        """Read it back from what `orjson.dumps` made of it."""
+        return cls(
+            instructions=tuple(Instructions(**entry) for entry in values["instructions"]),
+            skills=tuple(Skill(**entry) for entry in values["skills"]),
+            hooks=tuple(Hook(**entry) for entry in values["hooks"]),
+            notes=tuple(values["notes"]),
+        )
+
+
+async def read(place: Workplace, *, waits_s: Sequence[float] = _WAITS_S) -> Guidance:
+    """Look through an environment's files; without any, looking makes none.
+
+    Args:
+        place: The environment.
+        waits_s: How long to wait, again and again, for files that cannot be read now.
+
+    Raises:
+        Unready: The files cannot be read now, also not a few seconds later.
+    """
+    if not await _patiently(place.has_files, waits_s):
+        return Guidance()
+    reader = _Reader(place, waits_s)
+    instructions = await reader.instructions()
+    skills = await reader.skills()
+    found = await reader.hooks()
+    return Guidance(
+        instructions=instructions,
+        skills=skills,
+        hooks=found,
+        notes=tuple(reader.notes[:_MAX_NOTES]),
+    )
+
+
+class _Reader:
+    """One look through the files; collects what is wrong with them."""
+
+    def __init__(self, place: Workplace, waits_s: Sequence[float]) -> None:
+        self._place = place
+        self._waits_s = waits_s
+        self.notes: list[str] = []
+
+    async def instructions(self) -> tuple[Instructions, ...]:
+        found: dict[str, Instructions] = {}
+        for path in _INSTRUCTIONS:
+            text = await self._text(path, MAX_INSTRUCTIONS_BYTES)
+            if text is not None and text.strip():
+                found.setdefault(text.strip(), Instructions(_inside(path), text.strip()))
+        return tuple(found.values())
+
+    async def hooks(self) -> tuple[Hook, ...]:
+        found: list[Hook] = []
+        for folder in _AGENTS_FOLDERS:
+            path = f"{folder}/hooks.json"
+            text = await self._text(path, MAX_HOOKS_BYTES, is_whole=True)
+            if text is not None:
+                parsed, notes = await asyncio.to_thread(hooks.parse, text, source=path)
+                found += parsed
+                self.notes += notes
+        if len(found) > hooks.MAX_HOOKS:
+            self.notes.append(f"Only the first {hooks.MAX_HOOKS} hooks are used.")
+        return tuple(found[: hooks.MAX_HOOKS])
+
+    async def skills(self) -> tuple[Skill, ...]:
+        found: dict[str, Skill] = {}
+        for folder in _AGENTS_FOLDERS:
+            for path in await self._folders(f"{folder}/skills"):
+                if len(found) == MAX_SKILLS:
+                    self.notes.append(f"Only the first {MAX_SKILLS} skills are listed.")
+                    return tuple(found.values())
+                skill = await self._skill(f"{path}/SKILL.md")
+                if skill is not None and found.setdefault(skill.name, skill) is not skill:
+                    self.notes.append(f"{path}: there is a skill {skill.name!r} already; left out.")
+        return tuple(found.values())
+
+    async def _folders(self, path: str) -> list[str]:
+        listed = await self._had(path, lambda: self._place.list(path, limit=_MAX_SKILL_FOLDERS))
+        if listed is None:
+            return []
+        entries, after = listed
+        if after is not None:
+            self.notes.append(f"{path}: only its first {_MAX_SKILL_FOLDERS} entries are looked at.")
+        return [entry.path for entry in entries if entry.type != "file"]
+
+    async def _skill(self, path: str) -> Skill | None:
+        text = await self._text(path, _FRONT_MATTER_BYTES, cut_note=False)
+        if text is None:
+            return None
+        fields = _front_matter(text)
+        name = _line(fields.get("name"), _MAX_NAME_CHARS)
+        description = _line(fields.get("description"), _MAX_DESCRIPTION_CHARS)
+        if not name or not description:
+            self.notes.append(
+                f"{path}: no YAML front matter with a name and a description; left out."
+            )
+            return None
+        return Skill(name, description, _inside(path))
+
+    async def _text(
+        self, path: str, max_bytes: int, *, is_whole: bool = False, cut_note: bool = True
+    ) -> str | None:
+        """A file's beginning; None where there is none, or it is too long and wanted whole."""
+        got = await self._had(path, lambda: self._place.read(path, max_bytes=max_bytes))
+        if got is None:
+            return None
+        data, size = got
+        text = data[:max_bytes].decode("utf-8-sig", errors="replace").replace("\0", "")
+        if size <= max_bytes:
+            return text
+        if is_whole:
+            self.notes.append(f"{path}: longer than {max_bytes} bytes; left out.")
+            return None
+        if cut_note:
+            self.notes.append(f"{path}: only its first {max_bytes} bytes are used.")
+            text += f"\n[… cut here; the whole is in {_inside(path)}]"
+        return text
+
+    async def _had(self, path: str, ask: Callable[[], Awaitable[T]]) -> T | None:
+        """What the broker gives; None where there is nothing, or nothing that can be read."""
+        try:
+            return await _patiently(ask, self._waits_s)
+        except Unready:
+            raise
+        except NotFound:
+            return None
+        except (RequestError, SandboxError) as error:
+            self.notes.append(f"{path} could not be read: {error.message}")
+            return None
+
+
+async def _patiently(ask: Callable[[], Awaitable[T]], waits_s: Sequence[float]) -> T:
+    """Ask again where the broker is away for a moment."""
+    for wait in waits_s:
+        try:
+            return await ask()
+        except Unready:
+            await asyncio.sleep(wait)
+    return await ask()
+
+
+def _front_matter(text: str) -> dict[str, Any]:
+    """The mapping at a file's beginning; empty if there is none that can be read."""
+    block = _FRONT_MATTER.match(text)
+    if block is None:
+        return {}
+    try:
+        # Knows no tags and takes every scalar for a string: `name: on` stays "on".
+        found: object = yaml.load(block[1], Loader=yaml.BaseLoader)  # noqa: S506 - makes no objects
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return {}
+    return dict(found) if isinstance(found, dict) else {}  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType] - YAML
+
+
+def _line(value: object, most: int) -> str:
+    """Text in one line, without what a reader would not see."""
+    if not isinstance(value, str):
+        return ""
+    return " ".join(_UNSEEN.sub("", value).split())[:most].strip()
+
+
+def _inside(path: str) -> str:
+    """A path of the environment, as the sandbox has it."""
+    top, slash, rest = path.partition("/")
+    return f"{MOUNTS[top]}{slash}{rest}"

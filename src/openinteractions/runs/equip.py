@@ -1,0 +1,100 @@
+"""What a run works with: its tools, connected, and what its environment's files tell it."""
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from uuid import UUID
+
+import structlog
+
+from openinteractions.errors import RequestError
+from openinteractions.loop.spec import RunSpec
+from openinteractions.models.port import Json
+from openinteractions.resources.environments.service import Environments
+from openinteractions.runs.agents import guidance, prompt
+from openinteractions.runs.agents.guidance import Guidance
+from openinteractions.runs.mcp import McpServers
+from openinteractions.runs.web import Reaches
+from openinteractions.runs.workplace import RemoteWorkplace
+from openinteractions.tools.hooks import hooked
+from openinteractions.tools.port import Means, Web, Workplace
+from openinteractions.tools.toolbox import Toolbox, toolbox
+from openinteractions.wire.environments import environment_id
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Whose tools they are."""
+
+    spec: RunSpec
+    project_id: UUID
+    interaction_id: UUID
+    environment_id: UUID | None
+    epoch: int
+    secrets: Json | None
+    is_ending: bool = False
+    """It is not to go on: what is open is only closed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kit:
+    """One run's tools and instructions."""
+
+    spec: RunSpec
+    """With what the environment's files add to the instructions."""
+    tools: Toolbox
+    failure: RequestError | None = None
+    """Why the run cannot go on: the files of its environment cannot be read."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Equipment:
+    """What all runs of this process draw on."""
+
+    sandboxes: Environments
+    web: Reaches
+    mcp: McpServers
+
+    @asynccontextmanager
+    async def kit(self, run: Run) -> AsyncGenerator[Kit]:
+        """A run's tools, while the context lasts."""
+        place = self._workplace(run)
+        spec = run.spec
+        found, failure = Guidance(), None
+        if spec.guided and place is not None and not run.is_ending:
+            try:
+                found = await guidance.read(place)
+            except RequestError as error:
+                failure = error
+            for note in found.notes:
+                _log.info("guidance.left_out", interaction_id=run.interaction_id.hex, reason=note)
+        async with self.mcp.servers(run.project_id, spec.own_tools, run.secrets) as servers:
+            means = Means(workplace=place, web=self._web(run), servers=servers)
+            tools = toolbox(spec.own_tools, means)
+            if found.hooks and run.environment_id is not None:
+                public = environment_id(run.environment_id)
+                tools = Toolbox(
+                    hooked(tools.all(), found.hooks, workplace=place, environment_id=public)
+                )
+            if spec.system is not None:
+                spec = replace(spec, system=prompt.guided(spec.system, found))
+            yield Kit(spec=spec, tools=tools, failure=failure)
+
+    def _workplace(self, run: Run) -> Workplace | None:
+        if run.environment_id is None:
+            return None
+        return RemoteWorkplace(
+            sandboxes=self.sandboxes,
+            environment_id=run.environment_id,
+            interaction_id=run.interaction_id,
+            epoch=run.epoch,
+        )
+
+    def _web(self, run: Run) -> Web:
+        """The web within the rules of the run's environment."""
+        environment = run.environment_id
+        if environment is None:
+            return self.web.web()
+        return self.web.web(lambda: self.sandboxes.network_of(run.project_id, environment))

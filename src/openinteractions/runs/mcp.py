@@ -1,0 +1,278 @@
+"""MCP servers of requests: looked at when an interaction is created, called while it runs.
+
+What the server said of its tools becomes part of the run spec. What it is shown (headers, the
+credential's id, a URL's query) is kept apart, sealed, and only meets the spec again in `servers`.
+"""
+
+import asyncio
+import base64
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from typing import Any, Final, cast
+from urllib.parse import unquote, urlsplit, urlunsplit
+from uuid import UUID
+
+import orjson
+from mcp import types
+
+from openinteractions.errors import AppError, Invalid
+from openinteractions.loop.structured import enforced, require_schema
+from openinteractions.models.port import Json
+from openinteractions.netguard import Fetcher
+from openinteractions.resources.credentials.refresh import Unusable
+from openinteractions.resources.credentials.service import HeaderInjection, Vault
+from openinteractions.runs.mcp_client import CONNECT_S, Access, Server
+from openinteractions.sandbox.egress.policy import is_header_name, is_header_value
+from openinteractions.tools.port import McpServer
+from openinteractions.wire.credentials import is_private_host
+from openinteractions.wire.explain import shown
+
+KIND: Final = "mcp_server"
+MAX_TOOLS: Final = 128
+MAX_SCHEMA_BYTES: Final = 256 * 1024
+_MAX_HEADER_BYTES: Final = 32 * 1024
+_NAMED: Final = 20
+_OPEN_SCHEMA: Final[Json] = {"type": "object"}
+
+
+class McpServers:
+    """The way to the MCP servers that requests name."""
+
+    def __init__(self, fetcher: Fetcher, vault: Vault) -> None:
+        self._fetcher = fetcher
+        self._vault = vault
+
+    async def prepared(
+        self, project_id: UUID, tools: Sequence[Json]
+    ) -> tuple[Mapping[int, Json], Json | None]:
+        """Look at the MCP servers among a request's tools, all at once.
+
+        Args:
+            project_id: Whose credentials count.
+            tools: The request's `tools`; others than `mcp_server` are passed over.
+
+        Returns:
+            The entry of `own_tools` for each, by its place in `tools`, and the secrets of all, as
+            `servers` wants them; None where there are none.
+
+        Raises:
+            Invalid: One cannot be used; the message names its place and the cause.
+        """
+        places = [place for place, tool in enumerate(tools) if tool["type"] == KIND]
+        _refuse_doubles(tools, places)
+        entries: dict[int, Json] = {}
+        secrets: Json = {}
+        parts = [_parted(tools[place], f"tools[{place}]") for place in places]
+        listed = await asyncio.gather(
+            *(
+                self._listed(project_id, entry, secret, f"tools[{place}]")
+                for place, (entry, secret) in zip(places, parts, strict=True)
+            ),
+            return_exceptions=True,
+        )
+        for place, (entry, secret), found in zip(places, parts, listed, strict=True):
+            if isinstance(found, BaseException):
+                raise found
+            allowed = tools[place].get("allowed_tools")
+            entries[place] = {**entry, "tools": _chosen(found, allowed, f"tools[{place}]")}
+            if secret:
+                secrets[entry["name"]] = secret
+        return entries, {"mcp": secrets} if secrets else None
+
+    @asynccontextmanager
+    async def servers(
+        self, project_id: UUID, entries: Sequence[Json], secrets: Json | None
+    ) -> AsyncGenerator[Mapping[str, McpServer]]:
+        """The MCP servers of one run, by name, for `Means.servers`; closed with the context.
+
+        Args:
+            project_id: Whose the run is.
+            entries: Its `own_tools`; others than `mcp_server` are passed over.
+            secrets: What `prepared` gave beside them.
+        """
+        known: Mapping[str, Json] = (secrets or {}).get("mcp") or {}
+        found: dict[str, McpServer] = {}
+        async with AsyncExitStack() as stack:
+            for entry in entries:
+                if entry["type"] == KIND:
+                    name: str = entry["name"]
+                    access = self._access(project_id, entry, known.get(name) or {})
+                    server = Server(access, self._fetcher)
+                    found[name] = await stack.enter_async_context(server)
+            yield found
+
+    async def _listed(
+        self, project_id: UUID, entry: Json, secret: Json, where: str
+    ) -> list[types.Tool]:
+        if "credential" in secret:
+            await self._require_credential(project_id, secret, entry["url"], where)
+        try:
+            async with (
+                asyncio.timeout(2 * CONNECT_S),
+                Server(self._access(project_id, entry, secret), self._fetcher) as server,
+            ):
+                return await server.tools()
+        except (AppError, TimeoutError) as error:
+            cause = error.message if isinstance(error, AppError) else "It is too slow."
+            raise Invalid(f"Invalid value at '{where}' ('{entry['name']}'): {cause}") from error
+
+    async def _require_credential(
+        self, project_id: UUID, secret: Json, url: str, where: str
+    ) -> None:
+        parts = urlsplit(url)
+        if parts.scheme != "https" and not is_private_host(parts.hostname or ""):
+            raise Invalid(
+                f"Invalid value at '{where}.url': a credential is sent over https only (http only "
+                "inside a private network)."
+            )
+        try:
+            await self._header(project_id, secret["credential"])
+        except AppError as error:
+            raise Invalid(f"Invalid value at '{where}.credential': {error.message}") from error
+
+    def _access(self, project_id: UUID, entry: Json, secret: Json) -> Access:
+        credential: Callable[[], Awaitable[tuple[str, str]]] | None = None
+        if "credential" in secret:
+            credential = partial(self._header, project_id, secret["credential"])
+        return Access(
+            url=secret.get("url") or entry["url"],
+            headers=secret.get("headers") or {},
+            credential=credential,
+        )
+
+    async def _header(self, project_id: UUID, credential_id: str) -> tuple[str, str]:
+        """The header that a credential stands for, as of now.
+
+        Raises:
+            Unusable: It stands for none, or cannot be had.
+        """
+        found = await self._vault.injection(project_id, credential_id)
+        if not isinstance(found, HeaderInjection):
+            # Its trusted_domains and places are rules for what happens inside a sandbox.
+            message = (
+                f"Credential '{shown(credential_id)}' is an environment variable's; an MCP server "
+                "takes one of type bearer_token or oauth2."
+            )
+            raise Unusable("unknown", message)
+        if not is_header_name(found.header_name) or not is_header_value(found.value):
+            message = f"Credential '{shown(credential_id)}' cannot be put into a header."
+            raise Unusable("unknown", message)
+        return found.header_name, found.value
+
+
+def _refuse_doubles(tools: Sequence[Json], places: Sequence[int]) -> None:
+    names: set[str] = set()
+    for place in places:
+        name = tools[place]["name"]
+        if name in names:
+            raise Invalid(f"Duplicate MCP server name '{name}' at 'tools[{place}]'.")
+        names.add(name)
+
+
+def _parted(tool: Json, where: str) -> tuple[Json, Json]:
+    """What may be seen of a tool of type `mcp_server`, and what may not."""
+    given: str = tool["url"]
+    headers: dict[str, str] = dict(tool.get("headers") or {})
+    try:
+        parts = urlsplit(given)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        host, parts = None, urlsplit("")
+    if not host:
+        raise Invalid(f"Invalid value at '{where}.url': expected an http(s) URL.")
+    userinfo, at, place = parts.netloc.rpartition("@")
+    if at and not any(name.lower() == "authorization" for name in headers):
+        pair = base64.b64encode(unquote(userinfo).encode()).decode()
+        headers["Authorization"] = f"Basic {pair}"
+    _require_headers(headers, f"{where}.headers")
+    secret: Json = {}
+    if headers:
+        secret["headers"] = headers
+    if "credential" in tool:
+        secret["credential"] = tool["credential"]
+    if parts.query:
+        secret["url"] = urlunsplit((parts.scheme, place, parts.path, parts.query, ""))
+    url = urlunsplit((parts.scheme, place, parts.path, "", ""))
+    return {"type": KIND, "name": tool["name"], "url": url}, secret
+
+
+def _require_headers(headers: Mapping[str, str], where: str) -> None:
+    if sum(len(name) + len(value) for name, value in headers.items()) > _MAX_HEADER_BYTES:
+        raise Invalid(f"Invalid value at '{where}': more than {_MAX_HEADER_BYTES} bytes.")
+    for name, value in headers.items():
+        if not is_header_name(name) or name.lower().startswith("mcp-"):
+            raise Invalid(f"Invalid value at '{where}': '{shown(name)}' cannot be set.")
+        if not is_header_value(value):
+            raise Invalid(f"Invalid value at '{where}.{name}': an HTTP header cannot carry it.")
+
+
+def _chosen(tools: Sequence[types.Tool], allowed: Any, where: str) -> list[Json]:  # noqa: ANN401
+    """The tools that the request allows, as an entry of `own_tools` holds them."""
+    known = {tool.name: tool for tool in tools}
+    names = _allowed(known, allowed, f"{where}.allowed_tools")
+    chosen = [_described(known[name]) for name in names]
+    if len(chosen) > MAX_TOOLS or len(orjson.dumps(chosen)) > MAX_SCHEMA_BYTES:
+        raise Invalid(
+            f"Invalid value at '{where}': the server's {len(chosen)} tools are more than "
+            f"{MAX_TOOLS}, or their descriptions more than {MAX_SCHEMA_BYTES} bytes; choose some "
+            "with 'allowed_tools'."
+        )
+    return chosen
+
+
+def _allowed(known: Mapping[str, types.Tool], allowed: Any, where: str) -> list[str]:  # noqa: ANN401
+    """Names of tools, in the server's order."""
+    if allowed is None:
+        return list(known)
+    wanted: set[str] = set()
+    unwanted: set[str] = set()
+    if not allowed:
+        raise Invalid(f"Invalid value at '{where}': expected at least one tool.")
+    for place, item in enumerate(cast("list[str | Json]", allowed)):
+        named, is_wanted = _named(item, known, f"{where}[{place}]")
+        for name in named:
+            if name not in known:
+                raise Invalid(
+                    f"Unknown tool '{shown(name)}' at '{where}[{place}]'. The server has: "
+                    f"{', '.join(map(shown, list(known)[:_NAMED])) or 'none'}."
+                )
+        (wanted if is_wanted else unwanted).update(named)
+    if not wanted and unwanted:
+        wanted = set(known)
+    return [name for name in known if name in wanted - unwanted]
+
+
+def _named(
+    item: str | Json, known: Mapping[str, types.Tool], where: str
+) -> tuple[Sequence[str], bool]:
+    """The tools of one entry of `allowed_tools`, and whether they may be called."""
+    if isinstance(item, str):
+        return [item], True
+    mode = item.get("mode", "auto")
+    if mode == "any":
+        raise Invalid(
+            f"Invalid value at '{where}.mode': a call can be demanded by "
+            "'generation_config.tool_choice' only."
+        )
+    return item.get("tools", list(known)), mode != "none"
+
+
+def _described(tool: types.Tool) -> Json:
+    parameters: Json = enforced(tool.input_schema)
+    try:
+        require_schema(parameters, tool.name)
+    except Invalid:
+        # The server checks what it is sent; its other tools are as good as ever.
+        parameters = _OPEN_SCHEMA
+    described: Json = {
+        "name": tool.name,
+        "description": tool.description or tool.title or "",
+        "parameters": parameters,
+    }
+    hints = tool.annotations
+    if hints is not None and hints.read_only_hint:
+        described["is_pure"] = True
+    elif hints is not None and hints.idempotent_hint:
+        described["is_repeatable"] = True
+    return described

@@ -1,0 +1,1 @@
+"""Tools that reach the web from outside the sandbox: `google_search` and `url_context`."""

@@ -1,0 +1,1 @@
+"""Tools on the files of a run's environment."""

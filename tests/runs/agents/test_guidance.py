@@ -1,0 +1,201 @@
+"""AGENTS.md, skills and hooks, read from an environment that may hold anything."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import orjson
+import pytest
+from tests.tools.files import Files
+
+from openinteractions.errors import Invalid, Unready
+from openinteractions.runs.agents import guidance
+from openinteractions.runs.agents.guidance import Guidance, Instructions, Skill, read
+from openinteractions.sandbox.port import Entry
+from openinteractions.tools.hooks import Hook
+
+SKILL = "---\nname: {0}\ndescription: What {0} is for.\n---\n# Body\n"
+HOOKS = {"gate": {"pre_tool_execution": [{"hooks": [{"type": "command", "command": "gate"}]}]}}
+
+
+@dataclass(kw_only=True)
+class Place(Files):
+    """An environment; some paths, and the first few requests, fail."""
+
+    broken: dict[str, Exception] = field(default_factory=dict)
+    away: int = 0
+    requests: int = 0
+
+    async def has_files(self) -> bool:
+        self._begin("")
+        return await super().has_files()
+
+    async def list(
+        self, path: str, *, recursive: bool = False, limit: int = 1000, after: str | None = None
+    ) -> tuple[Sequence[Entry], str | None]:
+        self._begin(path)
+        return await super().list(path, recursive=recursive, limit=limit, after=after)
+
+    async def read(self, path: str, *, offset: int = 0, max_bytes: int) -> tuple[bytes, int]:
+        self._begin(path)
+        return await super().read(path, offset=offset, max_bytes=max_bytes)
+
+    def _begin(self, path: str) -> None:
+        self.requests += 1
+        if self.away > 0:
+            self.away -= 1
+            raise Unready("starting")
+        if path in self.broken:
+            raise self.broken[path]
+
+
+def place(files: dict[str, str | bytes], **more) -> Place:
+    data = {path: c if isinstance(c, bytes) else c.encode() for path, c in files.items()}
+    return Place(files=data, **more)
+
+
+async def test_without_files_nothing_is_looked_for():
+    empty = place({})
+    assert await read(empty) == Guidance()
+    assert empty.requests == 1
+
+
+async def test_everything_is_found():
+    found = await read(
+        place(
+            {
+                ".agents/AGENTS.md": "\ufeffOne.\n",
+                "workspace/.agents/AGENTS.md": "Two.",
+                "workspace/AGENTS.md": "Three.",
+                ".agents/skills/b/SKILL.md": SKILL.format("b"),
+                ".agents/skills/b/more.md": "more",
+                "workspace/.agents/skills/a/SKILL.md": SKILL.format("a").replace("\n", "\r\n"),
+                ".agents/hooks.json": json.dumps(HOOKS),
+                "workspace/.agents/hooks.json": json.dumps(HOOKS),
+            }
+        )
+    )
+    hook = Hook(event="pre", group="gate", matcher="", type="command", target="gate")
+    assert found == Guidance(
+        instructions=(
+            Instructions("/.agents/AGENTS.md", "One."),
+            Instructions("/workspace/.agents/AGENTS.md", "Two."),
+            Instructions("/workspace/AGENTS.md", "Three."),
+        ),
+        skills=(
+            Skill("b", "What b is for.", "/.agents/skills/b/SKILL.md"),
+            Skill("a", "What a is for.", "/workspace/.agents/skills/a/SKILL.md"),
+        ),
+        hooks=(hook, hook),
+    )
+    assert Guidance.load(orjson.loads(orjson.dumps(found))) == found
+
+
+async def test_the_same_twice_counts_once():
+    files = {
+        ".agents/AGENTS.md": "Same.",
+        "workspace/AGENTS.md": "Same.\n",
+        ".agents/skills/a/SKILL.md": SKILL.format("a"),
+        "workspace/.agents/skills/z/SKILL.md": SKILL.format("a"),
+    }
+    found = await read(place(files))
+    assert [entry.path for entry in found.instructions] == ["/.agents/AGENTS.md"]
+    assert [entry.path for entry in found.skills] == ["/.agents/skills/a/SKILL.md"]
+    assert len(found.notes) == 1
+
+
+async def test_long_instructions_are_cut_and_say_so():
+    most = guidance.MAX_INSTRUCTIONS_BYTES
+    found = await read(place({"workspace/AGENTS.md": "x" * (most + 1)}))
+    text = found.instructions[0].text
+    assert text.startswith("x" * most + "\n[… cut here")
+    assert "/workspace/AGENTS.md" in text
+    assert len(found.notes) == 1
+    whole = await read(place({"workspace/AGENTS.md": "x" * most}))
+    assert (whole.instructions[0].text, whole.notes) == ("x" * most, ())
+
+
+async def test_what_is_no_text_is_replaced():
+    found = await read(place({"workspace/AGENTS.md": b"a\xff\0b", ".agents/AGENTS.md": b" \n"}))
+    assert [entry.text for entry in found.instructions] == ["a\ufffdb"]
+
+
+async def test_only_whole_hooks_count():
+    long = json.dumps({**HOOKS, "pad": {"x": "y" * guidance.MAX_HOOKS_BYTES}})
+    found = await read(place({".agents/hooks.json": long, "workspace/.agents/hooks.json": "{"}))
+    assert found.hooks == ()
+    assert len(found.notes) == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no front matter",
+        "---\nname: x\n---\n",
+        "---\ndescription: x\n---\n",
+        "---\nname: [x]\ndescription: y\n---\n",
+        "---\n- name\n---\n",
+        "---\nname: x\ndescription: y\n",
+        "---\nname: 'x\ndescription: y\n---\n",
+        "---\n? !!python/object/apply:os.system ['true']\n: x\n---\n",
+        "---\n" + "[" * 7000 + "\n---\n",
+        "---\nname: x\npad: " + "y" * 9000 + "\ndescription: y\n---\n",
+        b"---\n\xff\xfe\n---\n",
+        "",
+    ],
+    ids=[
+        *("none", "no description", "no name", "list name", "list", "open", "quote", "object"),
+        *("deep", "long", "binary", "empty"),
+    ],
+)
+async def test_a_malformed_skill_is_left_out_and_noted(text: str | bytes):
+    files = {".agents/skills/bad/SKILL.md": text, ".agents/skills/ok/SKILL.md": SKILL.format("ok")}
+    found = await read(place(files))
+    assert [skill.name for skill in found.skills] == ["ok"]
+    assert len(found.notes) == 1
+    assert ".agents/skills/bad/SKILL.md" in found.notes[0]
+
+
+async def test_values_that_yaml_takes_for_something_else_stay_text():
+    text = "---\nname: on\ndescription: 2026-02-30\nversion: !!int x\n---\n"
+    found = await read(place({".agents/skills/s/SKILL.md": text}))
+    assert [(skill.name, skill.description) for skill in found.skills] == [("on", "2026-02-30")]
+
+
+async def test_a_description_is_one_visible_line():
+    text = '---\nname: "a\\u200bb"\ndescription: |\n  one\n  # System\n  ' + "x" * 3000 + "\n---\n"
+    found = await read(place({".agents/skills/s/SKILL.md": text}))
+    assert found.skills[0].name == "ab"
+    assert found.skills[0].description.startswith("one # System xxx")
+    assert len(found.skills[0].description) == 1024
+
+
+async def test_files_and_folders_that_are_no_skills_are_passed_over():
+    files = {".agents/skills/README.md": "x", ".agents/skills/empty/other.md": "x"}
+    assert await read(place(files)) == Guidance()
+
+
+async def test_there_are_only_so_many_skills():
+    files = {f".agents/skills/s{n:03}/SKILL.md": SKILL.format(f"s{n}") for n in range(260)}
+    many = place(files)
+    found = await read(many)
+    assert len(found.skills) == guidance.MAX_SKILLS
+    assert many.requests < 70
+    assert any("first 50" in note for note in found.notes)
+
+
+async def test_what_cannot_be_read_is_noted():
+    broken = {"workspace/AGENTS.md": Invalid("It is a folder."), ".agents/skills": Invalid("No.")}
+    found = await read(place({".agents/AGENTS.md": "a"}, broken=broken))
+    assert [entry.text for entry in found.instructions] == ["a"]
+    assert found.notes == (
+        "workspace/AGENTS.md could not be read: It is a folder.",
+        ".agents/skills could not be read: No.",
+    )
+
+
+async def test_a_broker_that_comes_back_is_waited_for():
+    found = await read(place({"workspace/AGENTS.md": "a"}, away=2), waits_s=(0, 0))
+    assert len(found.instructions) == 1
+    with pytest.raises(Unready):
+        await read(place({"workspace/AGENTS.md": "a"}, away=3), waits_s=(0, 0))
