@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from openinteractions import netguard
 from openinteractions.errors import Invalid
-from openinteractions.netguard import Fetcher, Guard, Refused, Unwelcome
+from openinteractions.netguard import Fetcher, Guard, Refused, Unreachable, Unwelcome
 
 PRIVATE = [
     "0.0.0.0", "10.0.0.1", "100.64.0.1", "127.0.0.1", "127.255.255.254", "169.254.169.254",
@@ -137,15 +137,34 @@ async def test_a_form_is_guarded_the_same(site: Site, guarded: Fetcher, host: st
     assert site.hits == []
 
 
+@pytest.mark.parametrize("host", LOOPBACK)
+async def test_any_request_is_guarded_the_same(site: Site, guarded: Fetcher, host: str):
+    with pytest.raises(Invalid):
+        await guarded.request("POST", f"http://{host}:{site.port}/x", b"{}", {}, silence_s=5)
+    assert site.hits == []
+
+
+async def test_any_request_follows_no_redirect_and_says_what_was_not_sent(
+    site: Site, allowed: Fetcher
+):
+    base = f"http://127.0.0.1:{site.port}"
+    answer = await allowed.request("PUT", f"{base}/to?u=/y", b"", {}, silence_s=5)
+    assert (answer.status, answer.headers["Location"]) == (302, "/y")
+    answer.close()
+    assert site.hits == ["/to?u=/y"]
+    with pytest.raises(Unreachable):
+        await allowed.request("POST", "http://127.0.0.1:9/", b"", {}, silence_s=5)
+
+
 async def test_a_caller_may_refuse_a_url_and_what_a_redirect_leads_to(site: Site, allowed: Fetcher):
+    base = f"http://127.0.0.1:{site.port}"
     seen: list[str] = []
 
     def permits(url: str) -> None:
         seen.append(url)
-        if url.endswith("/x"):
+        if url == f"{base}/x":
             raise Refused("not there")
 
-    base = f"http://127.0.0.1:{site.port}"
     found = await allowed.fetch(f"{base}/to?u=/y", permits=permits, max_bytes=6)
     assert (found.data, found.url) == (b"secret", f"{base}/y")
     with pytest.raises(Refused, match="not there"):

@@ -7,9 +7,10 @@ through the official client; so what fails is the harness.
 import json
 import threading
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
-from benchmarks.agent_tasks.__main__ import line, summary
+from benchmarks.agent_tasks.__main__ import line, main, summary
 from benchmarks.agent_tasks.catalog import TASKS, chosen
 from benchmarks.agent_tasks.drive import Result, perform
 from benchmarks.agent_tasks.task import Task
@@ -17,7 +18,7 @@ from google.genai import Client
 
 from openinteractions.models.port import Finished, ToolCall
 from tests.e2e.sandboxed import serving_sandboxes
-from tests.e2e.server import USAGE, Fakes, answer, sdk, turn
+from tests.e2e.server import USAGE, Fakes, Server, answer, sdk, turn
 from tests.fakes.upstream import Received, Reply
 from tests.sandbox.engine import DockerEngine
 
@@ -69,8 +70,14 @@ def script(upstreams: Fakes) -> Script:
 
 
 @pytest.fixture(scope="module")
-def client(upstreams: Fakes, docker_engine: DockerEngine) -> Generator[Client]:
-    with serving_sandboxes(upstreams, docker_engine, name="tasks") as running, sdk(running) as made:
+def sandboxes(upstreams: Fakes, docker_engine: DockerEngine) -> Generator[Server]:
+    with serving_sandboxes(upstreams, docker_engine, name="tasks") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(sandboxes: Server) -> Generator[Client]:
+    with sdk(sandboxes) as made:
         yield made
 
 
@@ -135,3 +142,85 @@ def test_results_are_shown_and_kept() -> None:
     assert line(bad).endswith("x.txt is missing")
     assert summary([good, bad]) == "1 of 2 passed, 1000 tokens, median 2.0 s"
     assert json.loads(json.dumps(good.json()))["tokens"] == 1000
+
+
+def test_the_command_line(
+    sandboxes: Server, fakes: Fakes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = tmp_path / "out.json"
+    server = ["--base-url", sandboxes.url, "--api-key", sandboxes.key, "--json", str(record)]
+    asked = ["--model", "acme/m", "--only", "units,answer_form", "--at-once", "2", *server]
+    assert main(asked) == 0
+    assert "2 of 2 passed" in capsys.readouterr().out
+    assert [entry["problem"] for entry in json.loads(record.read_text())["results"]] == [None, None]
+    fakes.acme.default = answer("I do not know.")
+    assert main(asked) == 1
+    assert "0 of 2 passed" in capsys.readouterr().out
+    assert main(["--model", "nonsense/m", "--only", "units", *server]) == 1
+    assert json.loads(record.read_text())["results"][0]["status"] == "error"
+
+
+GATE = """\
+import json, sys
+call = json.load(sys.stdin)["tool_call"]
+print("looking", file=sys.stderr)
+if "rm -rf" in call["args"]["code"]:
+    print(json.dumps({"decision": "deny", "reason": "Nothing is removed here."}))
+"""
+HOOKS = {
+    "gate": {
+        "pre_tool_execution": [
+            {
+                "matcher": "code_execution",
+                "hooks": [{"type": "command", "command": "python3 /.agents/gate.py"}],
+            }
+        ]
+    },
+    "log": {
+        "post_tool_execution": [
+            {
+                "matcher": ".*_file|code_.*",
+                "hooks": [{"type": "command", "command": "cat >> log.jsonl; echo >> log.jsonl"}],
+            }
+        ]
+    },
+}
+
+
+def test_hooks_run_in_the_sandbox(client: Client, fakes: Fakes) -> None:
+    def runs(code: str) -> Reply:
+        call = ToolCall("c", "code_execution", {"language": "bash", "code": code})
+        return turn(call, Finished("tool_calls", USAGE))
+
+    written = ToolCall("w", "write_file", {"path": "/workspace/ä.txt", "content": "ö"})
+    fakes.acme.replies += [
+        runs("rm -rf /workspace/*"),
+        turn(written, Finished("tool_calls", USAGE)),
+        runs("ls; exit 3"),
+        answer("ok"),
+    ]
+    sources = [
+        {"type": "inline", "target": ".agents/hooks.json", "content": json.dumps(HOOKS)},
+        {"type": "inline", "target": ".agents/gate.py", "content": GATE},
+    ]
+    done = client.interactions.create(
+        agent="antigravity",
+        input="tidy up",
+        environment={"type": "remote", "sources": sources},
+        agent_config={"type": "antigravity", "model": "acme/m"},
+    )
+    assert done.status == "completed", done
+    denied, wrote, listed = (step for step in done.steps if step.type.endswith("_result"))
+    assert denied.type == "code_execution_result"
+    assert denied.is_error
+    assert denied.result == "Denied by a hook: Nothing is removed here."
+    assert not wrote.is_error
+    assert "ä.txt" in listed.result
+    log = client.environments.files.download(
+        environment=done.environment_id, path="workspace/log.jsonl"
+    )
+    first, second = (json.loads(entry) for entry in log.decode().splitlines())
+    assert first["tool_call"] == {"name": "write_file", "args": written.arguments}
+    assert first["environment_id"] == done.environment_id
+    assert "error" not in first
+    assert "Exit code 3" in second["error"]

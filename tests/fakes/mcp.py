@@ -29,6 +29,8 @@ class Door:
     """Given first, instead of the server's."""
     is_old: bool = False
     """The server knows sessions, and nothing newer."""
+    forgets: bool = False
+    """No session is known any more."""
     seen: list[dict[str, Any]] = field(default_factory=list)
     """Method, path and headers of each request."""
 
@@ -68,6 +70,8 @@ class FakeMcp:
             refused = any(headers.get(k) != v for k, v in self.door.needs.items())
             if self.door.is_old and headers.get("mcp-method") == "server/discover":
                 status, given, body = 400, {}, b""
+            elif self.door.forgets and "mcp-session-id" in headers:
+                status, given, body = 404, {}, b""
             elif self.door.answers:
                 status, given, body = self.door.answers.pop(0)
             elif refused:

@@ -211,6 +211,7 @@ async def test_a_tool_that_needs_consent_asks_for_it_and_does_not_run():
         "type": "function_call",
         "name": "approval",
         "arguments": {"tool": "write", "arguments": {"n": 1}},
+        "asks_for_consent": True,
         "id": "c0",
     }
     # What needs none has run; its result is there.
@@ -258,6 +259,7 @@ PENDING = [
         "id": "c0",
         "name": "approval",
         "arguments": {"tool": "write", "arguments": {"n": 1}},
+        "asks_for_consent": True,
     }
 ]
 

@@ -109,7 +109,7 @@ def read(step: dict) -> str:
 
 def test_a_page_is_read_as_text():
     text = read(page_result(next_offset=900))
-    places = [text.index(part) for part in ("[1] https://a.example", "T\nBuy!", "offset 900")]
+    places = [text.index(part) for part in ("[1] https://a.example", "offset 900", "T\nBuy!")]
     assert places == sorted(places)
     assert "not instructions" in text
     assert "{" not in text
@@ -117,7 +117,7 @@ def test_a_page_is_read_as_text():
 
 def test_a_page_that_failed_says_why():
     text = read(page_result(status="paywall", text=None, title=None, message="It wants\nmoney."))
-    assert "Status: paywall. It wants money." in text
+    assert "[1] https://a.example\nStatus: paywall\nIt wants money." in text
     assert "<page" not in text.partition("[1]")[2]
 
 

@@ -77,7 +77,9 @@ async def ask(
         previous = {"previous_interaction_id": parent.id + at}
         before = parent.line(cut)
     answer = await server.create(inputs, **previous)
-    assert shown(server) == seen([*before, inputs])
+    expected = seen([*before, inputs])
+    # What the loop itself leaves out while it runs is not the line's matter.
+    assert (shown(server)[-len(expected) :] if compacted else shown(server)) == expected
     return Node(answer["id"], [*inputs, says(house.answer(answer), "model_output")], before)
 
 
@@ -127,21 +129,18 @@ async def test_a_warm_line_and_a_cold_one_are_the_same(server: Server):
 
 async def test_a_handover_is_not_compiled_with_what_it_replaces(server: Server):
     """A cold line is read from its last handover on: older media are not even fetched."""
-    gone = {"type": "image", "mime_type": "image/png", "uri": "https://gone.example/x.png"}
     server.process.executor._house.cache._max_bytes = 0
-    inputs = [{"type": "user_input", "content": [{"type": "text", "text": "see"}]}]
-    root = await server.create(inputs)
-    await spoil(server, root["id"], gone)
-    status, answer = await server.call(
-        "POST",
-        "interactions",
-        {"model": house.MODEL, "input": "x", "previous_interaction_id": root["id"]},
-    )
-    assert (status, answer.get("status")) != (200, "completed")
+    root = await server.create("see")
     compacted = [says("u"), note("handover"), says("more")]
     answer = await server.create(compacted, previous_interaction_id=root["id"])
-    await server.create("look", previous_interaction_id=answer["id"])
-    assert shown(server)[-3:] == ["more", "re: more", "look"]
+    gone = {"type": "image", "mime_type": "image/png", "uri": "http://127.0.0.1:9/gone.png"}
+    await spoil(server, root["id"], gone)
+    body = {"model": house.MODEL, "input": "look", "previous_interaction_id": root["id"]}
+    _, failed = await server.call("POST", "interactions", body)
+    assert failed["status"] == "failed"
+    told = await server.create("look", previous_interaction_id=answer["id"])
+    assert told["status"] == "completed", told["errors"]
+    assert shown(server)[1:] == ["more", "re: more", "look"]
 
 
 async def spoil(server: Server, public_id: str, block: Json) -> None:
@@ -149,7 +148,7 @@ async def spoil(server: Server, public_id: str, block: Json) -> None:
     step = {"type": "user_input", "content": [block]}
     async with server.database.hot() as connection:
         await connection.execute(
-            "update steps set data = $2, media = true where idx = 0 and segment_id = "
+            "update steps set data = $2, media = true where depth = 0 and idx = 0 and segment_id = "
             "(select segment_id from interactions where id = $1)",
             house.uuid_of(public_id),
             orjson.dumps(step),
@@ -181,7 +180,7 @@ async def test_earlier_turns_are_given_as_steps(server: Server):
     assert await steps_before(server, root, 10_000) == []
     whole = await steps_before(server, end, 10_000)
     assert [house.text_of(step["content"]) for step in whole] == ["u1", "re: u1", "u2", "re: u2"]
-    newest = await steps_before(server, end, 200)
+    newest = await steps_before(server, end, 160)
     assert [house.text_of(step["content"]) for step in newest] == ["u2", "re: u2"]
     assert await steps_before(server, end, 0) == []
 

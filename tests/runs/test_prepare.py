@@ -1,6 +1,6 @@
 """From a request to the run spec: who runs which tool."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 
 import aiohttp
 import orjson
@@ -12,6 +12,8 @@ from openinteractions.models.catalog import Catalog
 from openinteractions.models.port import Json
 from openinteractions.resources.interactions.runner import Prepared
 from openinteractions.runs import prepare
+from openinteractions.runs.assign import Powers
+from openinteractions.runs.brief import of_model
 from openinteractions.settings import ModelSettings, ProviderSettings
 from openinteractions.wire.create import parse_create
 
@@ -37,16 +39,24 @@ async def never(steps: object, target: object) -> list[Json]:
     return steps  # pyright: ignore[reportReturnType]
 
 
-async def prepared(catalog: Catalog, *, vendor: bool = False, **body: object) -> Prepared:
+async def prepared(
+    catalog: Catalog,
+    *,
+    vendor: bool = False,
+    search: bool = False,
+    pending: Sequence[Json] = (),
+    **body: object,
+) -> Prepared:
     request = parse_create(orjson.dumps({"input": "x", **body}), max_depth=50)
-    return await prepare.prepare(
-        request,
-        catalog,
-        never,  # pyright: ignore[reportArgumentType]
+    around = prepare.Surroundings(
+        catalog=catalog,
+        inliner=never,  # pyright: ignore[reportArgumentType]
         defaults=Limits(),
         base_url="",
-        vendor_runs_code=vendor,
+        powers=Powers(vendor_runs_code=vendor, can_search=search),
+        pending=pending,
     )
+    return await prepare.prepare(request, of_model(request), around)
 
 
 @pytest.mark.parametrize("model", ["goog/other", "acme/m", "anth/m"])
@@ -88,3 +98,96 @@ async def test_an_environment_needs_store(catalog: Catalog):
         await prepared(catalog, model="acme/m", environment="remote", store=False)
     made = await prepared(catalog, model="acme/m", tools=[CODE], store=False)
     assert made.needs_sandbox
+
+
+SEARCH = {"type": "google_search"}
+PAGES = {"type": "url_context"}
+
+
+@pytest.mark.parametrize(
+    ("model", "has_backend", "who"),
+    [
+        ("goog/other", False, "vendor"),
+        ("goog/other", True, "vendor"),
+        ("acme/m", True, "us"),
+        ("goog/m", True, "us"),
+        ("anth/m", True, "us"),
+        ("anth/m", False, "vendor"),
+    ],
+)
+async def test_who_searches(catalog: Catalog, model: str, has_backend: bool, who: str):
+    made = await prepared(catalog, model=model, tools=[SEARCH], search=has_backend)
+    spec = RunSpec.load(made.spec)
+    assert (spec.tools, spec.own_tools) == (([SEARCH], []) if who == "vendor" else ([], [SEARCH]))
+    assert not made.needs_environment
+
+
+@pytest.mark.parametrize("model", ["acme/m", "goog/m"])
+async def test_without_a_backend_a_search_is_refused(catalog: Catalog, model: str):
+    with pytest.raises(Invalid, match=r"google_search.*no search backend"):
+        await prepared(catalog, model=model, tools=[SEARCH])
+
+
+@pytest.mark.parametrize(("model", "is_ours"), [("acme/m", True), ("goog/other", False)])
+async def test_who_reads_pages(catalog: Catalog, model: str, is_ours: bool):
+    spec = RunSpec.load((await prepared(catalog, model=model, tools=[PAGES])).spec)
+    assert (spec.own_tools == [PAGES]) is is_ours
+
+
+LATER = {"type": "function", "name": "convert", "defer_loading": True}
+
+
+async def test_deferred_functions_need_a_search_for_them(catalog: Catalog):
+    with pytest.raises(Invalid, match=r"tools\[0\]\.defer_loading"):
+        await prepared(catalog, model="acme/m", tools=[LATER])
+    made = await prepared(catalog, model="acme/m", tools=[LATER, {"type": "tool_search"}])
+    spec = RunSpec.load(made.spec)
+    assert spec.own_tools == [{"type": "tool_search", "functions": [LATER]}]
+    assert not made.needs_environment
+    with pytest.raises(Invalid, match="tool_search"):
+        await prepared(catalog, model="acme/m", tools=[{"type": "tool_search"}])
+
+
+async def test_a_search_for_functions_that_the_client_runs(catalog: Catalog):
+    search = {"type": "tool_search", "execution": "client", "name": "find", "description": "d"}
+    spec = RunSpec.load((await prepared(catalog, model="acme/m", tools=[LATER, search])).spec)
+    assert spec.own_tools == []
+    assert spec.tools[1] == {"type": "function", "name": "find", "description": "d", "loads": True}
+    with pytest.raises(Invalid, match=r"tools\[0\]\.name"):
+        await prepared(
+            catalog, model="acme/m", tools=[{"type": "tool_search", "execution": "client"}]
+        )
+
+
+async def test_consent_is_asked_for_tools_that_there_are(catalog: Catalog):
+    asked = {"model": "acme/m", "tools": [CODE, PAGES]}
+    made = await prepared(catalog, **asked, limits={"approve": ["Code_execution", "url*"]})
+    assert RunSpec.load(made.spec).approve == ["Code_execution", "url*"]
+    with pytest.raises(Invalid, match=r"'approve' names 'delete'.*code_execution, url_context"):
+        await prepared(catalog, **asked, limits={"approve": ["delete"]})
+
+
+async def test_a_function_cannot_pass_itself_off_as_the_question(catalog: Catalog):
+    asked = {"model": "acme/m", "tools": [{"type": "function", "name": "approval"}, CODE]}
+    with pytest.raises(Invalid, match=r"tools\[0\]\.name"):
+        await prepared(catalog, **asked, limits={"approve": ["*"]})
+    # Where nothing needs consent, the name is free.
+    await prepared(catalog, **asked)
+
+
+async def test_what_was_consented_to_is_part_of_the_spec(catalog: Catalog):
+    arguments = {"language": "python", "code": "1"}
+    call = {
+        "type": "function_call",
+        "id": "c1",
+        "name": "approval",
+        "arguments": {"tool": "code_execution", "arguments": arguments},
+        "asks_for_consent": True,
+    }
+    answer = {"type": "function_result", "call_id": "c1", "name": "approval", "result": "approve"}
+    asked = {"model": "acme/m", "input": [answer], "previous_interaction_id": "v1_x"}
+    made = await prepared(catalog, pending=[call], tools=[CODE], **asked)
+    approved = RunSpec.load(made.spec).approved
+    assert approved == [{"tool": "code_execution", "arguments": arguments}]
+    with pytest.raises(Invalid, match="'code_execution' was approved"):
+        await prepared(catalog, pending=[call], **asked)

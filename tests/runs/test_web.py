@@ -12,6 +12,7 @@ from aiohttp import web
 from pydantic import ValidationError
 from tests import house
 
+from openinteractions import ids
 from openinteractions.errors import Invalid, NotFound, SetupError, Unready
 from openinteractions.netguard import Fetcher, Guard, Refused
 from openinteractions.process import _search
@@ -312,7 +313,8 @@ async def test_a_run_obeys_its_environments_rules_as_they_are_now(database_url, 
             project = await connection.fetchval(
                 "select project_id from environments where id = $1", key
             )
-        run = server.process.executor._house.web(project, key)
+        reaches = server.process.executor._house.equipment.web
+        run = reaches.web(lambda: server.process.environments.network_of(project, key))
         fine = await run.fetch(f"{engines.base}/search?q=x&format=json")
         assert fine.mime_type == "application/json"
         assert [hit.title for hit in await run.search("x", kind="web_search", limit=2)] == [
@@ -323,7 +325,13 @@ async def test_a_run_obeys_its_environments_rules_as_they_are_now(database_url, 
             await run.fetch("http://elsewhere.example/")
         # Without an environment, what the server says holds.
         with pytest.raises(Refused, match="no network access"):
-            await server.process.executor._house.web(project, None).fetch(engines.base)
+            await reaches.web().fetch(engines.base)
+        with pytest.raises(NotFound):
+            await server.process.environments.network_of(ids.uuid7(), key)
+        change = {"environment_id": made["id"], "network": "disabled"}
+        await server.process.environments.resolve(project, change)
+        with pytest.raises(Refused, match="no network access"):
+            await run.fetch(engines.base)
         status, _ = await server.call("DELETE", f"environments/{made['id']}")
         assert status == 200
         with pytest.raises(NotFound):

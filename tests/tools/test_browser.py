@@ -28,7 +28,7 @@ from openinteractions.sandbox.port import Exit
 from openinteractions.tools.browser.tool import Browser, page_script, program
 from openinteractions.tools.port import Call, Done
 
-MEMORY = 512 * 2**20
+MEMORY = 1024 * 2**20
 
 
 @dataclass
@@ -264,6 +264,12 @@ async def test_a_status_is_told(seat: Seat):
 
 async def test_a_slow_page_is_waited_for(seat: Seat):
     assert "at last" in await seat.open("/slow")
+
+
+async def test_a_page_that_never_stops_asking_its_server_is_shown(seat: Seat):
+    text = await seat.open("/chatty")
+    assert "talks" in text
+    assert "still loading" not in text
 
 
 async def test_wait_ends_when_the_text_is_there(seat: Seat):

@@ -174,8 +174,11 @@ async def test_hooks_after_it_are_told_of_an_error(tmp_path: Path):
 
 
 async def test_hooks_after_it_change_nothing():
-    result, tool, _ = await played(command(DENY, event="post"))
+    hooks = [command(DENY, event="post"), command("echo formatted 3 files", event="post")]
+    with capture_logs() as log:
+        result, tool, _ = await played(*hooks)
     assert (result["result"], result["is_error"], len(tool.calls)) == ("written", False, 1)
+    assert log == []
 
 
 async def test_who_takes_over_starts_no_hook_again(tmp_path: Path):
@@ -292,7 +295,7 @@ async def test_without_a_sandbox_the_tool_still_runs():
 
 
 async def test_a_lost_outcome_allows():
-    shell = Shell(ended={"7.pre.0": Done(Exit(outcome="unknown"), "")})
+    shell = Shell(ended={"7.pre.0": Done(Exit(outcome="unknown"), '{"decision": "deny"}')})
     result, _, _ = await played(command(DENY), shell=shell)
     assert result["result"] == "written"
 

@@ -41,6 +41,20 @@ def test_a_shop_page_loses_no_row_price_or_link():
     assert "Home" not in found.text
 
 
+def test_an_article_keeps_the_prices_that_stand_beside_it():
+    text = "".join(
+        f"<p>In its {n}th year this lamp has been sold in {n + 7} countries, as everybody who "
+        "follows what happens in the world of lamps will surely know.</p>"
+        for n in range(12)
+    )
+    table = "".join(f"<tr><td>Shop {n}</td><td>{n}7.20 €</td></tr>" for n in range(12))
+    found = read(
+        f"<article><h1>A lamp</h1>{text}</article>"
+        f"<div class='sidebar related'><table>{table}</table></div>"
+    )
+    assert "| Shop 11 | 117.20 € |" in found.text
+
+
 def test_structure_becomes_markdown():
     found = read(
         "<h1>A</h1><ul><li>one<ul><li>two</ul><li>three</ul><dl><dt>RAM<dd>16 GB</dl>"

@@ -158,6 +158,12 @@ async def test_an_exact_match_goes_before_a_near_one():
     assert "not quite" not in said
 
 
+async def test_a_near_match_does_not_end_inside_a_line():
+    assert "nearest lines" in await no_edit("first\nsecond\n", "first\nsec  ", "x")
+    data, _ = await edit("first \nsecond\n", "first\nsec", "x")
+    assert data == b"xond\n"
+
+
 async def test_bytes_that_are_no_text_stay():
     data, said = await edit(b"caf\xe9\nx\n", "x", "y")
     assert data == b"caf\xe9\ny\n"

@@ -107,6 +107,12 @@ async def test_a_file_that_is_gone_meanwhile_is_not_made_again():
     assert owner.place.files == {}
 
 
+async def test_a_very_large_file_is_not_read_to_be_replaced():
+    place = Bench(files={"workspace/a": LARGE})
+    await Owner(place).run("write_file", path="a", content="new")
+    assert (place.bytes_read, place.files) == (0, {"workspace/a": b"new"})
+
+
 async def test_a_note_says_what_the_file_is_and_will_be_and_what_is_said():
     owner = Owner(Bench(files={"workspace/a": b"old"}))
     result = await owner.run("write_file", path="a", content="new")

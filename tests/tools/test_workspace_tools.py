@@ -259,6 +259,7 @@ async def test_a_long_list_is_read_on():
         _, *lines = said.split("\n")
         if lines[-1].startswith("["):
             after = lines.pop().rpartition("after=")[2].strip("']")
+        assert len(lines) <= 200
         names += [line.split()[0] for line in lines]
     assert names == [f"f{n:04}" for n in range(450)]
     assert (await use(place, "list_files", after="f0449")) == "/workspace has nothing more in it."

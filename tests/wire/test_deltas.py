@@ -61,7 +61,9 @@ def test_steps_begin_as_the_contract_shows():
         "signature": "",
     }
     result = {"type": "function_result", "call_id": "a", "name": "f", "result": "r"}
-    assert step_deltas(result) == [{"type": "function_result", "name": "f", "result": "r"}]
+    assert step_deltas(result) == [
+        {"type": "function_result", "call_id": "a", "name": "f", "result": "r"}
+    ]
 
 
 def test_neighbouring_texts_join_and_their_citations_move_by_bytes():

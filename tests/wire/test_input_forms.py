@@ -133,3 +133,16 @@ def test_results_have_three_forms(result):
 def test_other_results_are_refused(result):
     with pytest.raises(Invalid, match=r"input\[2\]\.result"):
         parse([user(HI), CALL, {**RESULT, "result": result}])
+
+
+def test_steps_of_ours_can_be_sent_back_as_they_were_shown():
+    """Every generated step of an agent says what was taken with it, results of its tools too."""
+    usage = {"total_tokens": 5}
+    steps = [
+        user(HI),
+        {"type": "thought", "summary": [YO], "note": {"kind": "compacted"}, "usage": usage},
+        {"type": "function_call", "id": "a", "name": "f", "arguments": {}, "step_usage": usage},
+        {"type": "function_result", "call_id": "a", "name": "f", "result": "r", "usage": usage},
+        {**model(YO), "usage": usage, "step_usage": usage},
+    ]
+    assert parse([*steps, user(HI)]).steps == [*steps, user(HI)]

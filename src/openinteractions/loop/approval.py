@@ -18,6 +18,8 @@ from openinteractions.tools.port import Call, Tool
 from openinteractions.tools.toolbox import Toolbox
 
 NAME = "approval"
+MARK = "asks_for_consent"
+"""Key of such a call: a function of the caller's may have the same name."""
 _WORDS: Mapping[str, "Verdict"] = {
     "approve": "approve",
     "approved": "approve",
@@ -77,7 +79,7 @@ class Asking:
     def call_step(self, call: ToolCall) -> Json:
         """The function call that asks."""
         arguments = {"tool": self._name, "arguments": call.arguments}
-        return {"type": "function_call", "name": NAME, "arguments": arguments}
+        return {"type": "function_call", "name": NAME, "arguments": arguments, MARK: True}
 
     async def run(self, call: Call) -> Json:
         """Never called: the caller answers."""
@@ -102,7 +104,7 @@ def carried_out(pending: Sequence[Json], steps: Sequence[Json], tools: Toolbox) 
     Raises:
         Invalid: An answer to an approval says neither yes nor no, or its tool is gone.
     """
-    asked = {call["id"]: call for call in pending if call.get("name") == NAME}
+    asked = {call["id"]: call for call in pending if call.get(MARK)}
     answers = {
         step["call_id"]: step
         for step in steps

@@ -16,7 +16,7 @@ _UNTRUSTED: Final = (
 )
 _OURS: Final = frozenset({"text", "snippet", "message"})
 """Keys that our own results have and a vendor's do not."""
-_MAX_LINE: Final = 500
+_MAX_LINE: Final = 1_000
 
 
 def readable(step: Json) -> Json:
@@ -44,15 +44,16 @@ def fenced(text: str, name: str) -> str:
 
 
 def _page(number: int, item: Json) -> str:
-    lines = [f"[{number}] {_line(item, 'url')}"]
-    status = _line(item, "status") or "success"
+    lines = [f"[{number}] {_line(item, 'url')}".rstrip()]
+    status = _line(item, "status")
+    if status not in ("", "success"):
+        lines.append(f"Status: {status}")
     message = _line(item, "message")
-    if status != "success" or message:
-        lines.append(f"Status: {status}" + (f". {message}" if message else ""))
-    lines += _inside(item, ("title", "text"))
-    if isinstance(item.get("next_offset"), int):
+    if message:
+        lines.append(message)
+    elif isinstance(item.get("next_offset"), int):
         lines.append(f"The page goes on: read it again with offset {item['next_offset']}.")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_inside(item, ("title", "text"))])
 
 
 def _hit(number: int, item: Json) -> str:

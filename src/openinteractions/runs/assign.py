@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from openinteractions.errors import Invalid
+from openinteractions.loop import approval
 from openinteractions.loop.structured import enforced, require_schema
 from openinteractions.models.port import Json, Warning  # noqa: A004 - the contract's word
 from openinteractions.tools.port import Means
@@ -60,6 +61,7 @@ def assign(
     *,
     is_agent: bool,
     is_default: bool,
+    asks: bool,
 ) -> Assigned:
     """Decide who runs each tool.
 
@@ -69,6 +71,7 @@ def assign(
         powers: What this server can do.
         is_agent: An agent's pages are fetched here, past the rules of its environment.
         is_default: What cannot be had is left out, with a warning, instead of refused.
+        asks: Some tools need consent, which a function call of a name of its own asks for.
 
     Raises:
         Invalid: A tool cannot be had; the message names it, and what would help.
@@ -85,7 +88,7 @@ def assign(
         message = f"The agent works without {tool['type']}: {reason}."
         found.warnings.append(Warning("tool_left_out", f"tools.{tool['type']}", message))
     _join_deferred(tools, found)
-    _refuse_doubles(tools, found)
+    _refuse_doubles(tools, {*found.names(), *((approval.NAME,) if asks else ())})
     return found
 
 
@@ -160,9 +163,8 @@ def _join_deferred(tools: Sequence[Json], found: Assigned) -> None:
         raise Invalid(f"'tools[{number}].defer_loading' needs a tool of type 'tool_search'.")
 
 
-def _refuse_doubles(tools: Sequence[Json], found: Assigned) -> None:
+def _refuse_doubles(tools: Sequence[Json], own: set[str]) -> None:
     """A model tells tools apart by their names."""
-    own = set(found.names()) | {"approval"}
     for number, name in _function_names(tools):
         if name in own:
             raise Invalid(

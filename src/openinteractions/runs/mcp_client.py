@@ -353,7 +353,14 @@ class _Guarded(httpx2.AsyncBaseTransport):
 
     def _require_own(self, url: httpx2.URL) -> None:
         """The SDK follows no redirects elsewhere; what it is shown goes nowhere else anyway."""
-        if url.host != self._origin.host or url.scheme not in ("https", self._origin.scheme):
+        own = self._origin
+        is_same = (url.scheme, url.host, url.port) == (own.scheme, own.host, own.port)
+        is_upgrade = url.scheme == "https" and (url.host, url.port, own.port) == (
+            own.host,
+            None,
+            None,
+        )
+        if not (is_same or is_upgrade):
             raise Refused("It redirects to another place.")
 
     async def _headers(self, request: httpx2.Request) -> dict[str, str]:

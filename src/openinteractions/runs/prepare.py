@@ -66,6 +66,7 @@ async def prepare(request: CreateInteraction, brief: Brief, around: Surroundings
         around.powers,
         is_agent=brief.agent is not None,
         is_default=brief.is_default,
+        asks=bool(brief.limits.get("approve") or brief.most.get("approve")),
     )
     if request.json_schema:
         require_schema(request.json_schema, "response_format.schema")

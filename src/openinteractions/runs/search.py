@@ -210,7 +210,7 @@ class SearchBackend:
     async def _ask(self, request: _Request) -> object:
         """The JSON of the answer; asked a second time where that may help."""
         status, body, wait_s = await self._sent(request)
-        if (status == _TOO_MANY or status >= 500) :  # noqa: PLR2004 - HTTP
+        if (status == _TOO_MANY or status >= 500) and wait_s <= _LONGEST_WAIT_S:  # noqa: PLR2004 - HTTP
             await asyncio.sleep(wait_s)
             status, body, wait_s = await self._sent(request)
         if status != _OK:

@@ -2,7 +2,6 @@
 
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
-from urllib.parse import urlsplit
 
 from yarl import URL
 
@@ -117,11 +116,10 @@ def _require(policy: Policy, url: str) -> None:
         Refused: The message says which rule, and who can change it.
     """
     try:
-        # Two readings of one URL must not differ: one is checked, the other one is connected to.
-        names = {hosts.normal(urlsplit(url).hostname or ""), hosts.normal(URL(url).host or "")}
+        # Read by the library that connects: another reading might see another host.
+        host = hosts.normal(URL(url).host or "")
     except ValueError:
-        names = set[str | None]()
-    host = names.pop() if len(names) == 1 else None
+        host = None
     if host is None:
         raise Refused("The URL names no host that can be checked against the network rules.")
     try:

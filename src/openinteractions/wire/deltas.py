@@ -16,9 +16,10 @@ from openinteractions.wire.fields import Json
 _MEDIA = frozenset({"image", "audio", "document", "video"})
 _SPOKEN = frozenset({"model_output", "user_input"})
 _CARRIED = ("arguments", "result", "is_error", "signature")
-# The delta types of these steps also need the names.
+# The delta types of these steps also need the names. The schema of this one has no `call_id`, but
+# google-adk 2.13 reads it from there, and breaks off without (`models/interactions_utils.py`).
 _NAMED = {
-    "function_result": ("name",),
+    "function_result": ("name", "call_id"),
     "mcp_server_tool_call": ("name", "server_name"),
     "mcp_server_tool_result": ("name", "server_name"),
 }

@@ -54,6 +54,10 @@ class FunctionResultStep(TypedDict, total=False):
     """A string, an object (given to the model as JSON), or a list of content blocks."""
     is_error: bool
     signature: str
+    usage: dict[str, Any]
+    """As this server shows it on results of its own tools, which may be sent back; not read."""
+    step_usage: dict[str, Any]
+    """Likewise."""
 
 
 UserBlock: TypeAlias = Annotated[

@@ -1,20 +1,18 @@
 """Agents of google-adk against a running server, as an application builds them.
 
 Runs in an environment of its own (`scripts/adk`), since google-adk needs another google-genai than
-we have. `../test_adk.py` starts it with the scene's name, and reads what it prints: a list of
-events, as JSON.
+we have. `../test_adk.py` starts it with a scene and what the user says, and reads what it prints.
 """
 
 import asyncio
 import json
 import os
 import sys
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from google.adk.agents import BaseAgent, LlmAgent, ManagedAgent
 from google.adk.agents.run_config import RunConfig, StreamingMode
-from google.adk.events import Event
 from google.adk.models import Gemini
 from google.adk.runners import InMemoryRunner
 from google.adk.tools import FunctionTool
@@ -52,7 +50,7 @@ def programmer() -> BaseAgent:
         agent_id="antigravity-preview-09-2026",
         environment={"type": "remote"},
         agent_config={"type": "antigravity", "max_total_tokens": 100_000},
-        instruction="Work in {place?} /workspace.",
+        instruction="Be brief.",
         tools=[types.Tool(code_execution=types.ToolCodeExecution())],
         api_client=client,
     )
@@ -61,24 +59,26 @@ def programmer() -> BaseAgent:
 SCENES: dict[str, Callable[[], BaseAgent]] = {"shopkeeper": shopkeeper, "programmer": programmer}
 
 
-async def say(runner: InMemoryRunner, session: str, text: str, *, stream: bool) -> AsyncGenerator[Event]:
-    config = RunConfig(streaming_mode=StreamingMode.SSE if stream else StreamingMode.NONE)
-    message = types.Content(role="user", parts=[types.Part(text=text)])
-    async for event in runner.run_async(
-        user_id=USER, session_id=session, new_message=message, run_config=config
-    ):
-        yield event
-
-
-async def main(scene: str, mode: str, *texts: str) -> None:
-    """Say each text in one session; print what comes."""
-    runner = InMemoryRunner(agent=SCENES[scene](), app_name=APP)
+async def say(runner: InMemoryRunner, texts: Sequence[str], mode: StreamingMode) -> list[Any]:
+    """Say each text, in one session; the events of each turn."""
     session = await runner.session_service.create_session(app_name=APP, user_id=USER)
-    turns = []
+    turns: list[Any] = []
     for text in texts:
-        events = say(runner, session.id, text, stream=mode == "stream")
+        events = runner.run_async(
+            user_id=USER,
+            session_id=session.id,
+            new_message=types.Content(role="user", parts=[types.Part(text=text)]),
+            run_config=RunConfig(streaming_mode=mode),
+        )
         turns.append([e.model_dump(mode="json", exclude_none=True) async for e in events])
-    print(json.dumps(turns))
+    return turns
+
+
+async def main(scene: str, *texts: str) -> None:
+    """Hold the same conversation twice, and print both: read whole, then streamed."""
+    runner = InMemoryRunner(agent=SCENES[scene](), app_name=APP)
+    modes = (StreamingMode.NONE, StreamingMode.SSE)
+    print(json.dumps([await say(runner, texts, mode) for mode in modes]))
     await runner.close()
 
 

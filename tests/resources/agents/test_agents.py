@@ -231,6 +231,16 @@ async def test_a_body_is_bounded(server: Server, monkeypatch: pytest.MonkeyPatch
     await refused(server, "PATCH", "agents/mine", body, status=413)
 
 
+async def test_what_is_shown_is_bounded(server: Server, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(agents, "MAX_BYTES", 2000)
+    source = {"type": "inline", "target": "home/a", "content": "x" * 5000}
+    await made(server, base_environment={"type": "remote", "sources": [source]})
+    tools = [{"type": "function", "name": "f", "parameters": {"title": "x" * 2000}}]
+    told = await create_refused(server, id="other", tools=tools)
+    assert "more than 2000 bytes" in told
+    await refused(server, "PATCH", "agents/mine", {"tools": tools})
+
+
 async def test_inline_files_are_bounded(server: Server):
     sources = [
         {"type": "inline", "target": f"home/{n}", "content": "x" * 900_000} for n in range(3)

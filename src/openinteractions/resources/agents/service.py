@@ -30,6 +30,8 @@ _log = structlog.get_logger(__name__)
 
 MAX_AGENTS: Final = 1000
 """Of one project."""
+MAX_BYTES: Final = 512 * 1024
+"""Of what is shown of a definition, as JSON: lists hold many."""
 _TRIES: Final = 5
 _REMOTE: Final = "remote"
 _VARIABLE: Final = "environment_variable"
@@ -323,6 +325,11 @@ class Agents:
         template: UUID | None = None,
     ) -> NewVersion:
         visible = public(definition)
+        shown_bytes = orjson.dumps(visible)
+        if len(shown_bytes) > MAX_BYTES:
+            raise Invalid(
+                f"The definition has more than {MAX_BYTES} bytes, not counting contents of files."
+            )
         sealed = None
         if visible != definition:
             secret = {name: definition[name] for name in _SECRET_FIELDS if name in definition}
@@ -332,7 +339,7 @@ class Agents:
             project_id=project_id,
             agent_id=agent_id,
             version=version,
-            public=orjson.dumps(visible),
+            public=shown_bytes,
             sealed=sealed,
             template_id=template,
         )

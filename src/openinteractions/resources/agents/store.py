@@ -6,7 +6,9 @@ from uuid import UUID
 
 from openinteractions.db.engine import Database
 
-_COLUMNS = """a.id, v.version, v.public, v.sealed, v.template_id, a.created_at, v.created_at"""
+_COLUMNS = "a.id, v.version, v.public, v.sealed, v.template_id, a.created_at, v.created_at"
+# Sealed are the contents of files too: megabytes, which no list needs.
+_LISTED = _COLUMNS.replace("v.sealed", "null::bytea")
 
 # Rows of versions before the first one are what was left of an agent of the same id.
 _OF = """agent_versions v on v.project_id = a.project_id and v.agent_id = a.id
@@ -18,14 +20,14 @@ select {_COLUMNS} from agents a join {_OF} and v.version = coalesce($3::int, a.v
 """  # noqa: S608 - our own words
 
 _PAGE = f"""
-select {_COLUMNS} from agents a join {_OF} and v.version = a.version
+select {_LISTED} from agents a join {_OF} and v.version = a.version
  where a.project_id = $1 and a.deleted_at is null
    and ($2::timestamptz is null or (a.created_at, a.id) < ($2, $3::text))
  order by a.created_at desc, a.id desc limit $4
 """  # noqa: S608 - our own words
 
 _VERSIONS = f"""
-select {_COLUMNS} from agents a join {_OF} and ($3::int is null or v.version < $3)
+select {_LISTED} from agents a join {_OF} and ($3::int is null or v.version < $3)
  where a.project_id = $1 and a.id = $2 and a.deleted_at is null
  order by v.version desc limit $4
 """  # noqa: S608 - our own words
@@ -71,6 +73,7 @@ class Version:
     public: bytes
     """JSON."""
     sealed: bytes | None = field(repr=False)
+    """None also in lists."""
     template_id: UUID | None
     created_at: datetime
     """The agent's."""

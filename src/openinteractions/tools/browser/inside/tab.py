@@ -19,7 +19,8 @@ _ANSWER_S = 5.0
 _RESCUE_S = 6.0
 _BUSY_S = 8.0
 """A page is given so long to come to rest before the script that it runs is stopped."""
-_STALE_REQUEST_S = 4.0
+_CHATTER_S = 4.0
+"""So long a loaded page is waited for that asks its server again and again, or for an answer."""
 _DOWNLOAD_S = 45.0
 _MAX_TABS = 6
 _MAX_NAVIGATIONS = 10
@@ -232,10 +233,13 @@ class Tab:
         self._last = time.monotonic()
         end = self._last + min(at_most_s, self.left_s)
         sign, before = self._ask_for_a_sign(), self._navigated
-        while time.monotonic() < end:
+        loaded = time.monotonic()
+        while (now := time.monotonic()) < end:
             self._check()
+            loaded = now if self._loading else loaded
             sign = self._next_sign(sign)
-            if self._is_quiet(quiet_s):
+            is_at_rest = self._is_quiet(quiet_s) or now - loaded > _CHATTER_S
+            if is_at_rest and not self.connection.is_open(sign[0]):
                 return
             if self._navigated - before > _MAX_NAVIGATIONS:
                 self.note("The page does not stop going on to other pages; it was stopped.")
@@ -278,7 +282,7 @@ class Tab:
         now = time.monotonic()
         if self._loading or now - self._last < quiet_s:
             return False
-        return all(now - began > _STALE_REQUEST_S for began in self._requests.values())
+        return all(now - began > _CHATTER_S for began in self._requests.values())
 
     def _check(self) -> None:
         if self._has_crashed:
