@@ -6,8 +6,9 @@ import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.loop.stage import said
+from tests.loop.stage import Bench, Break, ScriptedModel, answer, play, said
 
+from openinteractions.errors import ContextOverflow
 from openinteractions.loop import compaction
 from openinteractions.loop.context import (
     compaction_note,
@@ -18,9 +19,13 @@ from openinteractions.loop.context import (
     visible,
 )
 from openinteractions.loop.excerpt import cut_middle
+from openinteractions.loop.turn import fold
 from openinteractions.models.anthropic_messages import compile_messages
 from openinteractions.models.gemini_messages import compile_contents
 from openinteractions.models.openai_messages import compile_steps
+from openinteractions.models.port import Finished, ToolCall
+from openinteractions.sandbox.port import Exit
+from openinteractions.tools.port import Done
 
 HI = said("Find the cheapest.", kind="user_input")
 
@@ -336,3 +341,39 @@ def test_it_is_worthwhile_where_something_would_be_left_out():
     again = resumption_note(kind="resumed", text="t", discards=0)
     assert not worth([call("a"), result("a"), note(), again], is_continued=True)
     assert worth([note(), call("a"), result("a")], is_continued=False)
+
+
+# ---- in a run
+
+
+async def test_an_agent_whose_input_overflows_goes_on_from_a_handover():
+    usage = {"total_input_tokens": 100, "total_output_tokens": 20, "total_tokens": 120}
+    bench = Bench([Done(Exit(outcome="exited", code=0), "5 EUR\n")])
+    code = ToolCall("c1", "code_execution", {"language": "python", "code": "print(5)"})
+    model = ScriptedModel(
+        [code, Finished("tool_calls", usage)],
+        [Break(ContextOverflow("It is too long."))],
+        answer("HANDOVER: it is 5 EUR."),
+        answer("It is 5 EUR."),
+    )
+    scene = await play(
+        model,
+        bench=bench,
+        own_tools=[{"type": "code_execution"}],
+        agent="a",
+        earlier=[orjson.dumps(said("EARLIER TURN", kind="user_input"))],
+    )
+    assert scene.outcome.status == "completed"
+    kinds = [step["type"] for step in scene.steps]
+    assert kinds == ["code_execution_call", "code_execution_result", "thought", "model_output"]
+    assert scene.steps[2]["note"]["kind"] == "compacted"
+    (summarised,) = model.shown(2)
+    assert "5 EUR" in only_text(summarised)
+    assert model.calls[2].tools == ()
+    (seen,) = model.shown(3)
+    assert "HANDOVER: it is 5 EUR." in only_text(seen)
+    assert "# Request\n\nhi" in only_text(seen)
+    assert "EARLIER TURN" in orjson.dumps(model.shown(1)).decode()
+    assert [step["usage"]["total_tokens"] for step in scene.steps] == [120, 120, 240, 360]
+    assert [bool(step.get("step_usage")) for step in scene.steps] == [True, False, False, True]
+    assert [step for step, _ in fold(scene.journal.events)] == scene.steps

@@ -1,5 +1,7 @@
 """Which model an ID means."""
 
+from typing import Any
+
 import aiohttp
 import pytest
 
@@ -55,3 +57,34 @@ async def test_prices_are_found_by_the_longest_name():
     assert price is not None
     assert (price.input, price.cached_input, price.output) == (3_000, 3_000, 4_000)
     assert found.open("acme/nobody").price is None
+
+
+@pytest.mark.parametrize(
+    ("target", "window"),
+    [
+        ("acme/gpt-4o-mini", 128_000),
+        ("acme/gpt-4-0613", 8_192),
+        ("acme/gpt-4.1-nano", 1_000_000),
+        ("goog/gemini-2.5-pro", 1_000_000),
+        ("anth/claude-sonnet-4", 200_000),
+        ("acme/meta-llama/Llama-3.1-8B-Instruct", 128_000),
+        ("acme/nobody-knows", 128_000),
+    ],
+)
+async def test_windows_are_found_by_the_longest_beginning(target: str, window: int):
+    assert (await catalog()).open(target).context_tokens == window
+
+
+@pytest.mark.parametrize("name", ["acme/owner/gpt-4o", "owner/gpt-4o", "gpt-4o"])
+async def test_a_configured_window_goes_first(name: str):
+    found = await catalog(context_tokens={name: 9_000})
+    assert found.open("acme/owner/gpt-4o").context_tokens == 9_000
+
+
+async def test_a_local_model_has_its_slots_part_of_the_window():
+    async with aiohttp.ClientSession() as session:
+        settings = ModelSettings()
+        local: Any = object()
+        found = Catalog(PROVIDERS, settings, session, local=local, local_context_tokens=4_096)
+    assert found.open("local/gpt-4o").context_tokens == 4_096
+    assert found.open("acme/gpt-4o").context_tokens == 128_000

@@ -53,7 +53,10 @@ async def prepared(
         inliner=never,  # pyright: ignore[reportArgumentType]
         defaults=Limits(),
         base_url="",
-        powers=Powers(vendor_runs_code=vendor, can_search=search),
+        powers=Powers(
+            vendor_runs_code=vendor,
+            search_types=frozenset({"web_search"}) if search else frozenset(),
+        ),
         pending=pending,
     )
     return await prepare.prepare(request, of_model(request), around)
@@ -126,6 +129,12 @@ async def test_who_searches(catalog: Catalog, model: str, has_backend: bool, who
 async def test_without_a_backend_a_search_is_refused(catalog: Catalog, model: str):
     with pytest.raises(Invalid, match=r"google_search.*no search backend"):
         await prepared(catalog, model=model, tools=[SEARCH])
+
+
+async def test_a_backend_that_cannot_search_for_pictures_says_so(catalog: Catalog):
+    pictures = {**SEARCH, "search_types": ["image_search"]}
+    with pytest.raises(Invalid, match="image_search"):
+        await prepared(catalog, model="acme/m", tools=[pictures], search=True)
 
 
 @pytest.mark.parametrize(("model", "is_ours"), [("acme/m", True), ("goog/other", False)])

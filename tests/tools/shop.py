@@ -72,8 +72,8 @@ Ask</button>
 <p id=p>not yet<script>setTimeout(() => { p.textContent = 'There it is' }, 2500)</script>""",
     "/tall": HEAD.format("Tall") + "<p>".join(f"paragraph {n} " + "word " * 30 for n in range(300))
     + "<a href='/'>last link</a>",
-    "/chatty": HEAD.format("Chatty") + "<p>talks<script>setInterval(() => fetch('/prices.json'), 50)"
-    "</script>",
+    "/chatty": HEAD.format("Chatty") + "<p>talks<script>"
+    "setInterval(() => fetch('/prices.json'), 50)</script>",
     # Hostile.
     "/loop": HEAD.format("Loop") + "<p>caught<script>for (;;) {}</script>",
     "/clickloop": HEAD.format("Clickloop") + "<button onclick='for (;;) {}'>Loop</button>",

@@ -24,8 +24,8 @@ class Powers:
 
     vendor_runs_code: bool
     """Whether a vendor that can run `code_execution` itself does so."""
-    can_search: bool
-    """Whether a search backend is configured."""
+    search_types: frozenset[str] = frozenset()
+    """What the configured search backend can search for; empty: there is none."""
     servers: Mapping[int, Json] = field(default_factory=dict[int, Any])
     """The entry of each `mcp_server` among the tools, by its place."""
     secrets: Json | None = None
@@ -123,11 +123,15 @@ def _place(
 
 def _search(tool: Json, kinds: set[str], powers: Powers, found: Assigned) -> str | None:
     """Gemini searches itself; else the operator's backend does, else a vendor that can."""
-    if kinds == {"gemini"} or (not powers.can_search and len(kinds) == 1 and kinds <= _SEARCHES):
+    has_backend = bool(powers.search_types)
+    if kinds == {"gemini"} or (not has_backend and len(kinds) == 1 and kinds <= _SEARCHES):
         found.passed.append(tool)
         return None
-    if not powers.can_search:
+    if not has_backend:
         return _NO_SEARCH
+    unknown = [kind for kind in tool.get("search_types", ()) if kind not in powers.search_types]
+    if unknown:
+        return f"this server's search backend has no '{unknown[0]}'"
     found.own.append(tool)
     return None
 

@@ -60,16 +60,12 @@ class Equipment:
     @asynccontextmanager
     async def kit(self, run: Run) -> AsyncGenerator[Kit]:
         """A run's tools, while the context lasts."""
-        place = self._workplace(run)
         spec = run.spec
-        found, failure = Guidance(), None
-        if spec.guided and place is not None and not run.is_ending:
-            try:
-                found = await guidance.read(place)
-            except RequestError as error:
-                failure = error
-            for note in found.notes:
-                _log.info("guidance.left_out", interaction_id=run.interaction_id.hex, reason=note)
+        if not spec.own_tools and not spec.guided:
+            yield Kit(spec=spec, tools=Toolbox({}))
+            return
+        place = self._workplace(run)
+        found, failure = await self._guidance(run, place)
         async with self.mcp.servers(run.project_id, spec.own_tools, run.secrets) as servers:
             means = Means(workplace=place, web=self._web(run), servers=servers)
             tools = toolbox(spec.own_tools, means)
@@ -81,6 +77,20 @@ class Equipment:
             if spec.system is not None:
                 spec = replace(spec, system=prompt.guided(spec.system, found))
             yield Kit(spec=spec, tools=tools, failure=failure)
+
+    async def _guidance(
+        self, run: Run, place: Workplace | None
+    ) -> tuple[Guidance, RequestError | None]:
+        """What the environment's files say; or why they cannot be read."""
+        if not run.spec.guided or place is None or run.is_ending:
+            return Guidance(), None
+        try:
+            found = await guidance.read(place)
+        except RequestError as error:
+            return Guidance(), error
+        for note in found.notes:
+            _log.info("guidance.left_out", interaction_id=run.interaction_id.hex, reason=note)
+        return found, None
 
     def _workplace(self, run: Run) -> Workplace | None:
         if run.environment_id is None:

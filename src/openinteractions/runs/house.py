@@ -1,7 +1,7 @@
 """Everything that runs in this process share."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -97,10 +97,13 @@ class House:
                 await self.sandboxes.require_broker()
             except Unready as error:
                 missing = error.message
-        entries, secrets = await self.equipment.mcp.prepared(project_id, tools)
+        entries: Mapping[int, Json] = {}
+        secrets: Json | None = None
+        if any(tool["type"] == "mcp_server" for tool in tools):
+            entries, secrets = await self.equipment.mcp.prepared(project_id, tools)
         return Powers(
             vendor_runs_code=self.vendor_runs_code,
-            can_search=self.equipment.web.can_search,
+            search_types=self.equipment.web.search_types,
             servers=entries,
             secrets=secrets,
             no_sandbox=missing,

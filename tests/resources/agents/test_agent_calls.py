@@ -235,6 +235,8 @@ async def test_many_first_calls_at_once_make_one_template(calls: Calls):
     found = await asyncio.gather(*(calls.call(agent) for _ in range(6)))
     assert len(set(found)) == 6
     assert await calls.living() == 7
+    made = [line for line in calls.stand.asked if line.startswith("PUT") and line.count("/") == 3]
+    assert len(made) == 7
     for one in found:
         assert await calls.files(one) == FILES
 

@@ -14,7 +14,7 @@ from openinteractions.db.sealed import agent_purpose
 from openinteractions.errors import Invalid, NotFound
 from openinteractions.resources.agents import routes
 from openinteractions.resources.agents import service as agents
-from openinteractions.resources.agents.service import Definition
+from openinteractions.resources.agents.service import Agents, Definition
 from openinteractions.resources.keys import service as keys
 
 OTHER = "oi_key_of_another_project_x"
@@ -385,11 +385,24 @@ async def test_a_version_is_never_changed_or_deleted(server: Server):
     assert (await got(server, "agents/mine"))["version"] == 1
 
 
-async def test_changes_at_once_are_all_kept(server: Server):
+async def test_changes_at_once_are_all_kept(server: Server, monkeypatch: pytest.MonkeyPatch):
     await made(server)
+    both = asyncio.Barrier(2)
+    check, checks = Agents._check, 0
+
+    async def together(*given: Any) -> None:
+        """Both have read the first version before one of them writes."""
+        nonlocal checks
+        checks += 1
+        if checks <= 2:
+            await both.wait()
+        await check(*given)
+
+    monkeypatch.setattr(Agents, "_check", together)
     fields = ("description", "system_instruction")
     calls = [patched(server, "mine", **{name: f"{name}!"}) for name in fields]
     answers = await asyncio.gather(*calls)
+    assert checks == 3
     assert sorted(one["version"] for one in answers) == [2, 3]
     last = await got(server, "agents/mine")
     assert [last[name] for name in fields] == [f"{name}!" for name in fields]
