@@ -3,21 +3,18 @@
 A run is six model turns, each continuing the one before; three turns in a hundred fail (a 500, a
 cut, a stall). The naive chain calls the model itself, one step after the other, and ends where a
 step fails: 0.97 ** 6 = 83 %. Ours asks the server for each step in the background, while workers
-are killed -9 and started again. Exit status 1 if fewer than 99.9 % of our runs end well, or if any
-step was done twice.
+are killed -9 and started again. Then the same with agents whose steps are commands and edits in
+their sandboxes (`gap_agent`); without a container engine that half says so and is left out. Exit
+status 1 if fewer than 99.9 % of our runs end well, or if any step was done twice.
 """
 
 import argparse
 import asyncio
-import json
 import os
-import secrets
 import shutil
 import sys
-import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,36 +23,17 @@ import asyncpg
 import orjson
 import uvloop
 
+from benchmarks import gap_agent
 from benchmarks import gap_upstream as upstream
-from benchmarks import system
+from benchmarks.gap_stage import LONGEST_S, Failed, Tally, all_runs, created, served, session
 from benchmarks.gap_upstream import STEPS, Record, answer, prompt
-from benchmarks.run import _folder, _free_port, _load, _show_logs, _until_ready
+from benchmarks.run import _folder, _load, _show_logs
 from openinteractions import telemetry
-from openinteractions.db import migrate
 from openinteractions.db.embedded import EmbeddedPostgres
-from openinteractions.db.engine import Database
 
 _GOAL = 0.999
 _SILENCE_S = 1.0
-_WORKERS = 2
 _KILL_EVERY_S = 10.0
-_LONGEST_S = 60
-_KEY = f"oi_gap_{secrets.token_hex(16)}"
-_COMMAND = str(system.ROOT / ".venv/bin/openinteractions")
-
-
-@dataclass(slots=True)
-class Tally:
-    """How one side did."""
-
-    good: int = 0
-    bad: list[str] = field(default_factory=list[str])
-    doubled: list[str] = field(default_factory=list[str])
-    seconds: float = 0.0
-
-
-class Failed(Exception):
-    """A run ended before its last step."""
 
 
 # ---- the naive chain
@@ -101,29 +79,9 @@ async def our_run(http: aiohttp.ClientSession, base: str, run: int, tally: Tally
         body = {"model": "gap/m", "input": asked, "background": True, "stream": True}
         if previous is not None:
             body["previous_interaction_id"] = previous
-        previous = await _created(http, base, body)
+        previous = await created(http, base, body)
         async with http.get(f"{base}/{previous}") as response:
             _judge(asked, await response.json(), tally)
-
-
-async def _created(http: aiohttp.ClientSession, base: str, body: Any) -> str:
-    """Make one step and follow its stream to the end; its id."""
-    key: str | None = None
-    async with http.post(base, json=body) as response:
-        if response.status != 200:
-            raise Failed(f"the create was answered {response.status}: {await response.text()}")
-        async for line in response.content:
-            if not line.startswith(b"data: {"):
-                continue
-            event = orjson.loads(line[6:])
-            if event["event_type"] == "interaction.created":
-                key = event["interaction"]["id"]
-            elif event["event_type"] == "error":
-                raise Failed(str(event))
-            elif event["event_type"] == "interaction.completed":
-                assert key is not None
-                return key
-    raise Failed("the stream ended early")
 
 
 def _judge(asked: str, shown: Any, tally: Tally) -> None:
@@ -140,44 +98,10 @@ def _text(step: Any) -> str:
     return "".join(block.get("text", "") for block in step["content"])
 
 
-# ---- both
-
-
-async def all_runs(
-    runs: int, concurrency: int, one: Callable[[int], Awaitable[None]], tally: Tally
-) -> None:
-    """Do every run, so many at once."""
-    numbers = iter(range(runs))
-    began = time.monotonic()
-
-    async def take() -> None:
-        for run in numbers:
-            try:
-                async with asyncio.timeout(_LONGEST_S):
-                    await one(run)
-            except (Failed, aiohttp.ClientError, TimeoutError, OSError) as error:
-                tally.bad.append(f"run {run}: {type(error).__name__} {error}")
-            else:
-                tally.good += 1
-
-    async with asyncio.TaskGroup() as group:
-        for _ in range(concurrency):
-            group.create_task(take())
-    tally.seconds = time.monotonic() - began
-
-
-def _session(silence_s: float) -> aiohttp.ClientSession:
-    return aiohttp.ClientSession(
-        timeout=aiohttp.ClientTimeout(total=None, sock_read=silence_s),
-        connector=aiohttp.TCPConnector(limit=0),
-        headers={"x-goog-api-key": _KEY},
-    )
-
-
 async def measure_naive(runs: int, concurrency: int) -> tuple[Tally, Record]:
     """The naive chain."""
     tally, record = Tally(), Record()
-    async with upstream.serving(record) as base, _session(_SILENCE_S) as http:
+    async with upstream.serving(record) as base, session(_SILENCE_S) as http:
         await all_runs(runs, concurrency, lambda run: naive_run(http, base, run), tally)
     return tally, record
 
@@ -188,11 +112,11 @@ async def measure_ours(runs: int, concurrency: int, folder: Path) -> tuple[Tally
     async with (
         upstream.serving(record) as model,
         EmbeddedPostgres(folder / "home") as postgres,
-        _served(folder, postgres.url, model) as (port, fleet),
-        _session(_LONGEST_S) as http,
+        served(folder, postgres.url, model) as (port, fleet),
+        session(LONGEST_S) as http,
     ):
         base = f"http://127.0.0.1:{port}/v1beta/interactions"
-        killer = asyncio.ensure_future(fleet.kill_now_and_then())
+        killer = asyncio.ensure_future(fleet.kill_now_and_then(_KILL_EVERY_S))
         await all_runs(runs, concurrency, lambda run: our_run(http, base, run, tally), tally)
         killer.cancel()
         await asyncio.wait([killer])
@@ -204,64 +128,6 @@ async def measure_ours(runs: int, concurrency: int, folder: Path) -> tuple[Tally
     tally.doubled += [prompt(*late) for late in record.late]
     tally.bad += [f"the model saw a wrong history of {asked}" for asked in record.wrong]
     return tally, record, fleet.kills
-
-
-class Fleet:
-    """The workers: each is replaced when it is killed."""
-
-    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
-        self._folder = folder
-        self._environment = environment
-        self._workers: list[asyncio.subprocess.Process] = []
-        self._stack = AsyncExitStack()
-        self.kills = 0
-
-    @asynccontextmanager
-    async def running(self) -> AsyncGenerator["Fleet"]:
-        """Run the workers while the context lasts."""
-        async with self._stack:
-            for _ in range(_WORKERS):
-                await self._start()
-            yield self
-
-    async def _start(self) -> None:
-        log = self._folder / f"worker-{self.kills}-{len(self._workers)}.log"
-        child = system.child([_COMMAND, "worker"], log=log, environment=self._environment)
-        self._workers.append(await self._stack.enter_async_context(child))
-
-    async def kill_now_and_then(self) -> None:
-        """Kill the oldest worker, and start another, until cancelled."""
-        while True:
-            await asyncio.sleep(_KILL_EVERY_S)
-            victim = self._workers.pop(0)
-            victim.kill()
-            await victim.wait()
-            self.kills += 1
-            await self._start()
-
-
-@asynccontextmanager
-async def _served(folder: Path, url: str, model: str) -> AsyncGenerator[tuple[int, Fleet]]:
-    """An api process and the workers, on this database."""
-    database = Database(url, pool_size=2)
-    await migrate.upgrade(database)
-    await database.close()
-    provider = {"kind": "openai", "base_url": model, "api_key": "none", "idle_timeout": "1s"}
-    port = _free_port()
-    environment = {
-        "DATABASE_URL": url,
-        "OI_PORT": str(port),
-        "OI_DATA_DIR": str(folder / "data"),
-        "OI_BOOTSTRAP_API_KEY": _KEY,
-        "OI_PROVIDERS": json.dumps({"gap": provider}),
-        "OI_LOG__LEVEL": "warning",
-    }
-    log = folder / "api.log"
-    command = [_COMMAND, "serve", "--no-worker"]
-    async with system.child(command, log=log, environment=environment) as api:
-        await _until_ready(api, port, log)
-        async with Fleet(folder, environment).running() as fleet:
-            yield port, fleet
 
 
 # ---- the report
@@ -276,14 +142,13 @@ def _line(name: str, tally: Tally, runs: int, more: str) -> None:
     )
 
 
-async def _main(runs: int, concurrency: int) -> int:
-    telemetry.configure(level="warning", form="text")
+async def _models(runs: int, concurrency: int) -> bool:
+    """Both sides with a model's turns; whether the goal is met."""
     print(
         f"{runs} runs of {STEPS} steps, {100 * upstream.FAULTS:.0f} % of the steps fail, "
         f"{concurrency} at once; machine: {os.cpu_count()} cores, load {_load()}"
     )
-    folder = _folder()
-    try:
+    with _reported() as folder:
         naive, plain = await measure_naive(runs, concurrency)
         _line("naive chain     ", naive, runs, f"faults {sum(plain.faults.values())}")
         ours, record, kills = await measure_ours(runs, concurrency, folder)
@@ -295,16 +160,63 @@ async def _main(runs: int, concurrency: int) -> int:
             f"faults {sum(record.faults.values())} {dict(record.faults)}, "
             f"workers killed {kills}, model calls repeated for them {again}",
         )
-        print(f"steps done twice: {len(ours.doubled)}")
-        is_good = ours.good >= _GOAL * runs and not ours.doubled and not record.wrong
-        for line in [*ours.bad, *ours.doubled][:20]:
-            print("  " + line[:500])
-        if not is_good:
-            _show_logs(folder)
+        return _judged(ours, runs, folder)
+
+
+async def _agents(runs: int, concurrency: int) -> bool:
+    """The same with an agent in a sandbox; whether the goal is met."""
+    problem = await gap_agent.problem()
+    if problem is not None:
+        print(f"agents in sandboxes: left out. {problem}")
+        return True
+    print(
+        f"{runs} agents of {STEPS} steps in sandboxes, {100 * upstream.FAULTS:.0f} % of the model "
+        f"calls fail, {concurrency} at once; load {_load()}"
+    )
+    with _reported() as folder:
+        ours, script, kills = await gap_agent.measure(runs, concurrency, folder)
+        _line(
+            "agents          ",
+            ours,
+            runs,
+            f"faults {sum(script.faults.values())} {dict(script.faults)}, workers killed {kills}, "
+            f"outcome unknown {len(script.unknown)}, other errors {len(script.errors)}",
+        )
+        for (run, place), text in list(script.errors.items())[:5]:
+            print(f"  run {run}, result {place}: {text[:200]}")
+        return _judged(ours, runs, folder)
+
+
+@contextmanager
+def _reported() -> Generator[Path]:
+    folder = _folder()
+    try:
+        yield folder
+    except BaseException:
+        _show_logs(folder)
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _judged(ours: Tally, runs: int, folder: Path) -> bool:
+    print(f"steps done twice: {len(ours.doubled)}")
+    # What is bad beyond the runs that did not end well is a wrong history.
+    is_good = ours.good >= _GOAL * runs and not ours.doubled and len(ours.bad) == runs - ours.good
+    for line in [*ours.bad, *ours.doubled][:20]:
+        print("  " + line[:500])
+    if not is_good:
+        _show_logs(folder)
     print(f"goal: >= {100 * _GOAL:.1f} %, nothing twice: {'met' if is_good else 'NOT MET'}")
-    return 0 if is_good else 1
+    return is_good
+
+
+async def _main(given: argparse.Namespace) -> int:
+    telemetry.configure(level="warning", form="text")
+    met = [await _models(given.runs, given.concurrency)] if given.runs else []
+    if given.agents:
+        met.append(await _agents(given.agents, given.agents_at_once))
+    return 0 if all(met) else 1
 
 
 def main() -> None:
@@ -312,8 +224,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="make gap")
     parser.add_argument("--runs", type=int, default=1000)
     parser.add_argument("--concurrency", type=int, default=50)
-    given = parser.parse_args()
-    sys.exit(uvloop.run(_main(given.runs, given.concurrency)))
+    parser.add_argument("--agents", type=int, default=40)
+    parser.add_argument("--agents-at-once", type=int, default=4)
+    sys.exit(uvloop.run(_main(parser.parse_args())))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import orjson
 
@@ -54,27 +54,41 @@ class Record:
         self.wrong: list[str] = []
         """Requests whose history is not the right one."""
 
-    def plan(self, messages: list[Any]) -> tuple[str, str]:
+    def plan(self, messages: list[Any]) -> tuple[list[bytes], str]:
         """Note a request; what to answer, and how to fail (empty: not)."""
-        asked = _text(messages[-1])
+        asked = text_of(messages[-1])
         words = asked.split()
         run, step = int(words[1]), int(words[3])
         self.tries[run, step] += 1
-        if [(m["role"], _text(m)) for m in messages] != history(run, step):
+        if [(m["role"], text_of(m)) for m in messages] != history(run, step):
             self.wrong.append(asked)
         if step < self.furthest[run]:
             self.late.append((run, step))
         self.furthest[run] = max(step, self.furthest[run])
-        rng = random.Random(f"{asked} {self.tries[run, step]}")
-        fault = rng.choice(["error", "cut", "stall"]) if rng.random() < FAULTS else ""
+        fault = fault_of(f"{asked} {self.tries[run, step]}")
         if fault:
             self.faults[fault] += 1
         else:
             self.whole[run, step] += 1
-        return answer(asked), fault
+        return said(answer(asked)), fault
 
 
-def _text(message: Any) -> str:
+class Model(Protocol):
+    """What answers."""
+
+    def plan(self, messages: list[Any]) -> tuple[list[bytes], str]:
+        """The events of an answer, and how to fail (empty: not)."""
+        ...
+
+
+def fault_of(call: str) -> str:
+    """How a call fails (empty: not), by its name alone."""
+    rng = random.Random(call)
+    return rng.choice(["error", "cut", "stall"]) if rng.random() < FAULTS else ""
+
+
+def text_of(message: Any) -> str:
+    """The text of a message."""
     content = message["content"]
     if isinstance(content, str):
         return content
@@ -82,8 +96,8 @@ def _text(message: Any) -> str:
 
 
 class _Connection(asyncio.Protocol):
-    def __init__(self, record: Record) -> None:
-        self._record = record
+    def __init__(self, model: Model) -> None:
+        self._model = model
         self._transport: asyncio.Transport | None = None
         self._data = b""
 
@@ -97,15 +111,14 @@ class _Connection(asyncio.Protocol):
         if length is None or len(body) < int(length[1]):
             return
         self._data = body[int(length[1]) :]
-        self._reply(*self._record.plan(orjson.loads(body[: int(length[1])])["messages"]))
+        self._reply(*self._model.plan(orjson.loads(body[: int(length[1])])["messages"]))
 
-    def _reply(self, text: str, fault: str) -> None:
+    def _reply(self, events: list[bytes], fault: str) -> None:
         assert self._transport is not None
         if fault == "error":
             head = b"HTTP/1.1 500 Internal Server Error\r\nContent-Type: application/json\r\n"
             self._transport.write(head + b"Content-Length: %d\r\n\r\n" % len(_ERROR) + _ERROR)
             return
-        events = _events(text)
         shown = events if not fault else events[: len(events) // 2]
         self._transport.write(_HEAD + b"".join(b"%x\r\n%b\r\n" % (len(e), e) for e in shown))
         if not fault:
@@ -115,27 +128,39 @@ class _Connection(asyncio.Protocol):
         # Who stalls says nothing more; the caller hangs up.
 
 
-def _events(text: str) -> list[bytes]:
+def said(text: str) -> list[bytes]:
+    """The events of an answer in words."""
+    words = [{"content": word} for word in re.findall(r"\S+\s*", text)]
+    return _events([{"role": "assistant", "content": ""}, *words], "stop")
+
+
+def called(call_id: str, name: str, arguments: dict[str, str]) -> list[bytes]:
+    """The events of a call of a tool."""
+    function = {"name": name, "arguments": orjson.dumps(arguments).decode()}
+    call = {"index": 0, "id": call_id, "type": "function", "function": function}
+    return _events([{"role": "assistant", "content": None}, {"tool_calls": [call]}], "tool_calls")
+
+
+def _events(deltas: list[Any], finish: str) -> list[bytes]:
     head = {"id": "chatcmpl-gap", "object": "chat.completion.chunk", "created": 1, "model": "m"}
 
-    def chunk(delta: dict[str, str], finish: str | None = None) -> dict[str, object]:
+    def chunk(delta: object, finish: str | None = None) -> dict[str, object]:
         return {**head, "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
 
     usage = {"prompt_tokens": 12, "completion_tokens": 13, "total_tokens": 25}
     chunks = [
-        chunk({"role": "assistant", "content": ""}),
-        *(chunk({"content": word}) for word in re.findall(r"\S+\s*", text)),
-        chunk({}, "stop"),
+        *(chunk(delta) for delta in deltas),
+        chunk({}, finish),
         {**head, "choices": [], "usage": usage},
     ]
     return [b"data: %b\n\n" % orjson.dumps(item) for item in chunks] + [b"data: [DONE]\n\n"]
 
 
 @asynccontextmanager
-async def serving(record: Record) -> AsyncGenerator[str]:
+async def serving(model: Model) -> AsyncGenerator[str]:
     """Serve on a free loopback port; gives the base URL of its API."""
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: _Connection(record), "127.0.0.1", 0)
+    server = await loop.create_server(lambda: _Connection(model), "127.0.0.1", 0)
     try:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
     finally:

@@ -14,7 +14,7 @@ enabled = "on"
 broker = "{broker}"
 image = "{image}"
 warm = 1
-memory_bytes = 536870912
+memory_bytes = {memory}
 tmp_bytes = 134217728
 disk_bytes = 536870912
 {more}
@@ -23,11 +23,17 @@ disk_bytes = 536870912
 
 @contextmanager
 def serving_sandboxes(
-    fakes: Fakes, engine: DockerEngine, *, name: str = "e2e", image: str = SLIM, more: str = ""
+    fakes: Fakes,
+    engine: DockerEngine,
+    *,
+    name: str = "e2e",
+    image: str = SLIM,
+    more: str = "",
+    memory: int = 2**29,
 ) -> Generator[Server]:
     """A server whose sandboxes are gone when the context ends."""
     broker = engine.broker_name(name)
-    settings = _SANDBOXES.format(broker=broker, image=image, more=more)
+    settings = _SANDBOXES.format(broker=broker, image=image, more=more, memory=memory)
     try:
         with serving(fakes, settings) as server:
             _wait_for_broker(server)

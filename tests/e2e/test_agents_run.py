@@ -61,12 +61,15 @@ def wait(client: Client, interaction_id: str) -> Any:
     raise AssertionError("it did not end")
 
 
-def post(server: Server, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    """A create by plain HTTP."""
+def post(
+    server: Server, body: dict[str, Any], path: str = "interactions", method: str = "POST"
+) -> tuple[int, dict[str, Any]]:
+    """A request by plain HTTP: the status and the answer."""
     request = urllib.request.Request(
-        f"{server.url}/v1beta/interactions",
+        f"{server.url}/v1beta/{path}",
         json.dumps(body).encode(),
         {"x-goog-api-key": KEY, "content-type": "application/json"},
+        method=method,
     )
     try:
         with urllib.request.urlopen(request, timeout=60) as answered:
@@ -473,3 +476,68 @@ def test_an_agent_named_as_a_model_is_the_agent(sandboxes: Server, fakes: Fakes)
     assert status == 200, done
     assert (done["agent"], done["status"]) == (AGENT, "completed")
     assert "model" not in done
+
+
+def test_an_agent_of_ones_own_starts_clean_each_time(client: Client, fakes: Fakes) -> None:
+    client.agents.create(
+        id="clerk",
+        base_agent=AGENT,
+        system_instruction="You are the clerk.",
+        tools=[{"type": "code_execution"}],
+        base_environment={
+            "type": "remote",
+            "sources": [
+                {"type": "inline", "target": "workspace/ledger.txt", "content": "100\n"},
+                {"type": "inline", "target": ".agents/AGENTS.md", "content": "Sums are in euros."},
+            ],
+        },
+    )
+    add = call("code_execution", language="bash", code="echo 5 >> ledger.txt; wc -l < ledger.txt")
+    environments = []
+    for _ in range(2):
+        fakes.goog.replies += [calls(add), answer("Entered.")]
+        done = client.interactions.create(agent="clerk", input="Enter 5.")
+        assert done.status == "completed", done
+        assert done.steps[1].result == "2\n"
+        environments.append(done.environment_id)
+    assert len(set(environments)) == 2
+    system = fakes.goog.requests[-1].json["systemInstruction"]["parts"][0]["text"]
+    assert "You are the clerk." in system
+    assert "Sums are in euros." in system
+    # In the same place again, with other instructions for once.
+    fakes.goog.replies += [calls(add), answer("Entered.")]
+    third = client.interactions.create(
+        agent="clerk",
+        input="Enter 5 again.",
+        environment=environments[0],
+        system_instruction="You are the auditor.",
+    )
+    assert third.steps[1].result == "3\n"
+    system = fakes.goog.requests[-1].json["systemInstruction"]["parts"][0]["text"]
+    assert "You are the auditor." in system
+    assert "You are the clerk." not in system
+
+
+def test_versions_are_pinned_and_the_model_is_the_agents_own(
+    client: Client, sandboxes: Server, fakes: Fakes
+) -> None:
+    made = {"id": "poet", "base_agent": AGENT, "system_instruction": "Rhyme."}
+    chosen = {"type": "antigravity", "model": "acme/verse", "max_total_tokens": "50000"}
+    assert post(sandboxes, {**made, "agent_config": chosen}, "agents")[0] == 200
+    changed = {"system_instruction": "Do not rhyme."}
+    assert post(sandboxes, changed, "agents/poet", "PATCH")[0] == 200
+    for agent, told in (
+        ("poet", "Do not rhyme."),
+        ("poet@1", "Rhyme."),
+        ("agents/poet@2", "Do not"),
+    ):
+        fakes.acme.replies.append(answer("So it is."))
+        done = client.interactions.create(agent=agent, input="Write.", environment="remote")
+        assert done.status == "completed"
+        sent = fakes.acme.requests[-1].json
+        assert sent["model"] == "verse"
+        assert told in sent["messages"][0]["content"]
+    status, refused = post(
+        sandboxes, {"agent": "poet", "input": "x", "agent_config": config("acme/other")}
+    )
+    assert (status, "agent_config.model" in refused["error"]["message"]) == (400, True)

@@ -198,8 +198,8 @@ async def test_forged_cursors_are_an_answer_and_never_a_crash(server: Server, st
 
 async def test_a_thought_with_its_signature_can_be_resumed(server: Server):
     """From the steps, a signature follows the summary, as in the log."""
-    from openinteractions.loop.turn import Turn  # noqa: PLC0415 - only here
     from openinteractions.events.steps import step_events  # noqa: PLC0415
+    from openinteractions.loop.turn import Turn  # noqa: PLC0415 - only here
 
     shown: list = []
     grown = Turn(lambda *events: shown.extend(events), first_index=0, provider="p", model="m")

@@ -113,6 +113,7 @@ def brief(
             kind=base.kind,
             effort=base.effort,
             is_planning=planning,
+            has_visuals=said.get("visualization") == "auto",
             tools=situation.tools,
             size="brief" if situation.context_tokens < _BRIEF_BELOW_TOKENS else "full",
             today=today,
