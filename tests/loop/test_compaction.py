@@ -107,6 +107,12 @@ def test_answers_of_the_caller_are_part_of_the_request():
     assert 'Result of look (it failed):\n\n{"t":1}' in text
 
 
+def test_a_result_whose_call_gave_way_is_told_in_words():
+    first, *rest = visible([HI, call("a"), note(), result("a", "22C"), said("ok")])
+    assert rest == [said("ok")]
+    assert "Result of look:\n\n22C" in only_text(first)
+
+
 @pytest.mark.parametrize("discards", [1, 2, 3])
 def test_broken_turns_beside_a_handover_are_left_out(discards: int):
     """Notes count what they discard in steps as they stand, a handover among them."""
@@ -255,10 +261,11 @@ def test_earlier_turns_are_material_unless_left_out_already():
 def test_an_earlier_handover_outlives_the_next():
     """In a small window too, where the request alone would fill the transcript."""
     long = said("request " * 2000, kind="user_input")
-    once = note("FACT: it is 5.", request_chars=16_000)
+    handover = "FACT: it is 5. " * 120
+    once = note(handover, request_chars=16_000)
     seen = compaction.material([], [long, once, *[said("step " * 900)] * 20])
     text = compaction.transcript(seen, compaction.transcript_chars(4096))
-    assert "EARLIER HANDOVER:\nFACT: it is 5." in text
+    assert f"EARLIER HANDOVER:\n{handover}" in text
     assert text.startswith("USER:\nrequest")
     assert "step" in text[-100:]
 

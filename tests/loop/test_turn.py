@@ -134,10 +134,9 @@ def test_nothing_is_counted_unless_asked():
     assert all("usage" not in step for step in steps)
 
 
-@pytest.mark.parametrize("is_open", [True, False])
-def test_what_was_taken_is_said_once_though_the_answer_is_asked_for_again(is_open: bool):
-    events = [TextDelta("no json")] + ([] if is_open else [ThoughtSignature("s")])
-    turn, shown = grown(*events, Finished("stop", OWN), usage_before={})
+@pytest.mark.parametrize("after", [(), (ThoughtSignature("s"),), (ThoughtDelta("hm"),)])
+def test_what_was_taken_is_said_once_though_the_answer_is_asked_for_again(after: tuple):
+    turn, shown = grown(TextDelta("no json"), *after, Finished("stop", OWN), usage_before={})
     turn.break_off(3, "no json", starts_anew=True)
     said = [step.get("step_usage") for step in turn.steps]
     assert [own for own in said if own] == [OWN]

@@ -426,7 +426,7 @@ def test_credentials_in_urls_are_not_echoed():
             "sources": [{"type": "repository", "source": "https://u:tok@gh/x", "target": "a"}],
         },
         tools=[
-            {"type": "mcp_server", "name": "a", "url": "https://u:tok@h/x"},
+            {"type": "mcp_server", "name": "a", "url": "https://u:tok@h/x?key=tok"},
             {"type": "retrieval", "exa_ai_search_config": {"api_key": "tok"}},
         ],
     )

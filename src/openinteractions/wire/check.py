@@ -226,7 +226,9 @@ def public_tool(tool: Json) -> Json:
     match tool["type"]:
         case "mcp_server":
             shown_tool = _without(tool, "headers", "credential")
-            return {**shown_tool, "url": _USERINFO.sub("", tool["url"])}
+            url: str = _USERINFO.sub("", tool["url"])
+            # A key may stand in the query.
+            return {**shown_tool, "url": url.partition("?")[0]}
         case "retrieval":
             return {
                 key: _without(cast("Json", value), "api_key") if isinstance(value, dict) else value
