@@ -1,6 +1,7 @@
 """kill -9 in the middle of an agent's work: nothing is lost, and nothing happens twice."""
 
 import asyncio
+import itertools
 import signal
 import threading
 import time
@@ -25,6 +26,8 @@ CONFIG: dict[str, Any] = {"type": "antigravity", "model": "acme/m"}
 LINES = 40
 COUNT = "echo begun >> runs; for i in $(seq {lines}); do echo line $i; sleep 0.1; done"
 NOTHING = "It was lost."
+
+_numbers = itertools.count()
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*usage is experimental:UserWarning")
 
@@ -71,7 +74,13 @@ class Watched:
     """An agent's run in the background, and all that its one reader is shown."""
 
     def __init__(self, client: Client, **request: Any) -> None:
-        asked = {"agent": AGENT, "input": "go", "environment": "remote", "agent_config": CONFIG}
+        asked = {
+            "agent": AGENT,
+            # What a dead api process took a moment ago would be joined by its repeat.
+            "input": f"go {next(_numbers)}",
+            "environment": "remote",
+            "agent_config": CONFIG,
+        }
         stream = client.interactions.create(background=True, stream=True, **{**asked, **request})
         self.client = client
         self.stream = iter(stream)

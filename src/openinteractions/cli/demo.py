@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +23,15 @@ from google import genai
 from google.genai.types import HttpOptions
 
 from openinteractions import ids
-from openinteractions.cli import demo_model, models
+from openinteractions.cli import demo_agent, demo_model, models
 from openinteractions.cli.demo_model import Choice
+from openinteractions.cli.demo_sandbox import DemoSandboxes
 from openinteractions.cli.server_process import ServerProcess
 from openinteractions.db import embedded_home
 from openinteractions.errors import AppError
 from openinteractions.settings import Settings
 
+_KEY: Final = ids.api_key()
 _STILL_WORKING_EVERY_S: Final = 10.0
 _LOG_LINES: Final = 15
 _BRIEF: Final[dict[str, Any]] = {"max_output_tokens": 400}
@@ -66,7 +68,9 @@ def demo(settings: Settings, *, model: str | None, config: Path | None, keep: bo
             if choice.weights is not None:
                 asyncio.run(models.download(settings, choice.weights))
             home = settings.home() if settings.data_dir else folder / "data"
-            _run(home, folder / "serve.log", config, choice)
+            sandboxes = DemoSandboxes(settings)
+            server = _server(home, folder / "serve.log", config, sandboxes.environment(home))
+            _run(server, choice, sandboxes)
     except KeyboardInterrupt:
         print("\nStopped.", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
@@ -107,50 +111,77 @@ def _introduce(choice: Choice) -> None:
     )
 
 
-def _run(home: Path, log: Path, config: Path | None, choice: Choice) -> None:
-    key = ids.api_key()
+def _server(
+    home: Path, log: Path, config: Path | None, sandboxes: Mapping[str, str]
+) -> ServerProcess:
     # An own database, whatever the settings say: a demo leaves no traces in yours.
-    environment = {
-        "OI_BOOTSTRAP_API_KEY": key,
-        "OI_DATABASE_URL": "",
-        # Nothing of it needs a sandbox.
-        "OI_SANDBOX__ENABLED": "off",
-    }
-    server = ServerProcess(home, log=log, config=config, environment=environment)
+    own = {"OI_BOOTSTRAP_API_KEY": _KEY, "OI_DATABASE_URL": ""}
+    return ServerProcess(home, log=log, config=config, environment={**own, **sandboxes})
+
+
+def _run(server: ServerProcess, choice: Choice, sandboxes: DemoSandboxes) -> None:
     try:
         with _failures_explained(server):
-            _show(server, key, choice.model)
+            _show(server, choice, sandboxes)
     finally:
         with _undisturbed():
             status = server.stop()
+            sandboxes.clear()
     if status:
         raise DemoFailed(f"the server did not stop cleanly: exit status {status}")
 
 
-def _show(server: ServerProcess, key: str, model: str) -> None:
-    with _connected(_start(server), key) as interactions:
-        first = _create(interactions, model)
-        second = _continue(interactions, model, first)
-        third = _stream(interactions, model)
+def _show(server: ServerProcess, choice: Choice, sandboxes: DemoSandboxes) -> None:
+    model = choice.model
+    with _connected(_start(server)) as client:
+        first = _create(client.interactions, model)
+        second = _continue(client.interactions, model, first)
+        third = _stream(client.interactions, model)
     _title("4. Kill the server (kill -9), start it again on the same data, and look")
     server.kill()
-    with _connected(_start(server), key) as interactions:
+    with _connected(_start(server)) as client:
         for shown in (first, second, third):
-            stored = interactions.get(shown.id)
+            stored = client.interactions.get(shown.id)
             _require(_text(stored) == shown.text, f"{shown.id} came back with another text")
             print(f"   {shown.id}: {stored.status}, {len(stored.steps or [])} steps, the same text")
+        _have_an_agent_work(client, choice, sandboxes.problem)
+
+
+def _have_an_agent_work(client: Any, choice: Choice, problem: str | None) -> None:  # noqa: ANN401 - the SDK's type
+    _title("5. An agent, in the background: it writes a program and runs it in its sandbox")
+    if problem is not None:
+        print(f"   Left out: it needs Docker and an image. {problem}")
+        print("   `make sandbox` sets both up.", flush=True)
+        return
+    began = time.monotonic()
+    with _waiting("the agent is working"):
+        worked = demo_agent.work(client, choice)
+    ended = worked.interaction
+    _report(ended, time.monotonic() - began)
+    if worked.is_right:
+        print(f"   Fetched workspace/primes.txt: {' '.join((worked.file or '').split())}")
+        return
+    if choice.weights is None and ended.status == "failed":
+        _require_completed(ended)
+    left = "no primes.txt" if worked.file is None else "a primes.txt that is wrong"
+    print(
+        f"   It ended as {ended.status} and left {left}: the steps above are what it did. This\n"
+        "   model is too small for the task, or had a bad day; the server did its part."
+        if choice.weights is not None
+        else f"   It ended as {ended.status} and left {left}: the steps above are what it did."
+    )
 
 
 @contextmanager
-def _connected(url: str, key: str) -> Generator[Any]:
-    """The SDK's `interactions`; untyped, since its types are not complete."""
+def _connected(url: str) -> Generator[Any]:
+    """The SDK's client; untyped, since its types are not complete."""
     options = HttpOptions(
         base_url=url,
         # A proxy that the environment names is not for this machine's own address.
         client_args={"trust_env": False},
     )
-    with genai.Client(api_key=key, vertexai=False, http_options=options) as client:
-        yield cast("Any", client.interactions)
+    with genai.Client(api_key=_KEY, vertexai=False, http_options=options) as client:
+        yield cast("Any", client)
 
 
 def _start(server: ServerProcess) -> str:

@@ -36,17 +36,22 @@ class Room:
         self._ports = ports
         self._account = account
 
-    def is_scarce(self, target: Target, messages: Sequence[bytes], system: str | None) -> bool:
-        """Whether a handover is due before these messages are sent, and would shorten them."""
-        expected = compaction.expected_tokens(self._record.generated)
-        tokens = estimate_tokens(messages, system) if expected is None else expected
-        return compaction.is_due(tokens, target.context_tokens) and self.can_be_made
+    def is_scarce(self, target: Target, tokens: int, *, is_continued: bool) -> bool:
+        """Whether a handover is due before the next call, and would shorten it.
 
-    @property
-    def can_be_made(self) -> bool:
+        Args:
+            target: Who is asked.
+            tokens: About how many the input has, where no call was counted yet.
+            is_continued: Whether earlier interactions are part of the input.
+        """
+        expected = compaction.expected_tokens(self._record.generated)
+        most = tokens if expected is None else expected
+        is_due = compaction.is_due(most, target.context_tokens)
+        return is_due and self.can_be_made(is_continued=is_continued)
+
+    def can_be_made(self, *, is_continued: bool) -> bool:
         """Whether there is anything that a handover could stand for."""
-        # Earlier interactions are there unless the input is all: asking for them costs a read.
-        return compaction.is_worthwhile(self._record.generated, is_continued=True)
+        return compaction.is_worthwhile(self._record.generated, is_continued=is_continued)
 
     async def make(self, target: Target) -> None:
         """Have the model write a handover, and commit the step that it stands in.
@@ -58,19 +63,20 @@ class Room:
         most = compaction.transcript_chars(window)
         own = [*self._record.inputs, *self._record.generated]
         earlier = await self._ports.history.steps(most)
-        text = compaction.transcript(compaction.material(earlier, own), most)
-        answer = await self._asked(target, text)
+        material = compaction.material(earlier, own)
+        text = compaction.transcript(material, most)
+        answer = await self._asked(target, material, most)
         self._record.add(compaction.note(answer, text=text, window=window))
         await self._record.commit()
         _log.info("run.compacted", model=target.id, steps=len(own), is_written=bool(answer))
 
-    async def _asked(self, target: Target, text: str) -> str:
+    async def _asked(self, target: Target, material: Sequence[Json], most: int) -> str:
         """The handover; empty where the model could not be asked."""
         for _ in range(_TRIES):
             try:
-                return await self._answer(target, text)
+                return await self._answer(target, compaction.transcript(material, most))
             except ContextOverflow:
-                text = compaction.transcript([_as_step(text)], len(text) // 2)
+                most //= 2
             except ModelError as error:
                 _log.warning("run.handover_failed", model=target.id, error=error.message)
         return ""
@@ -106,7 +112,3 @@ class Room:
                 usage = {"total_input_tokens": given, "total_tokens": given}
             await self._account(target, usage, is_metered=is_metered)
         return turn.text()
-
-
-def _as_step(text: str) -> Json:
-    return {"type": "user_input", "content": [{"type": "text", "text": text}]}

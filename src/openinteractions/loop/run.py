@@ -24,6 +24,7 @@ from openinteractions.errors import (
 )
 from openinteractions.loop import deferred, repeats
 from openinteractions.loop.approval import Asking, Supervised
+from openinteractions.loop.asking import about, call_for
 from openinteractions.loop.calls import Calls
 from openinteractions.loop.citations import annotations, sources
 from openinteractions.loop.context import NOTE, compacts, open_calls, resumption_note
@@ -43,8 +44,6 @@ from openinteractions.loop.structured import arguments_mismatch, text_mismatch
 from openinteractions.loop.turn import RPC_UNAVAILABLE, Turn
 from openinteractions.models.catalog import Target
 from openinteractions.models.port import Json, Media, ModelCall, ToolCall, Warning  # noqa: A004 - the contract's word
-from openinteractions.tools.port import Means
-from openinteractions.tools.toolbox import toolbox
 from openinteractions.wire.usage import add_usage
 
 _log = structlog.get_logger(__name__)
@@ -111,6 +110,7 @@ class Run:
         self._turn: Turn | None = None
         self._feedback: list[Json] = []
         self._clamped = False
+        self._is_continued = False
         self._began = time.monotonic()
         self._earlier_s = state.seconds
 
@@ -223,7 +223,9 @@ class Run:
                 await self._broke_off(turn, None)
                 room = self._room
                 is_long = isinstance(error, ContextOverflow) and not has_overflown
-                if room is None or not is_long or not room.can_be_made:
+                if room is None or not is_long:
+                    raise
+                if not room.can_be_made(is_continued=self._is_continued):
                     raise
                 has_overflown = True
                 await room.make(target)
@@ -234,14 +236,19 @@ class Run:
         """What the model is shown; an agent's conversation is shortened where it has to be."""
         messages = await self._all_messages(target)
         room = self._room
-        if room is None or not room.is_scarce(target, messages, self.spec.system):
+        if room is None:
+            return messages
+        tokens = estimate_tokens(messages, self.spec.system, self._declared())
+        if not room.is_scarce(target, tokens, is_continued=self._is_continued):
             return messages
         await room.make(target)
         return await self._all_messages(target)
 
     async def _all_messages(self, target: Target) -> list[bytes]:
-        own = [*self._record.inputs, *self.generated, *self._repair(), *self._feedback]
-        earlier = () if compacts(self.generated) else await self._ports.history.messages(target)
+        own = [*self._record.inputs, *self.generated]
+        earlier = () if compacts(own) else await self._ports.history.messages(target)
+        self._is_continued = bool(earlier)
+        own += [*self._repair(), *self._feedback]
         return [*earlier, *await self._ports.history.own(own, target)]
 
     def _new_turn(self, target: Target) -> Turn:
@@ -278,7 +285,7 @@ class Run:
         finally:
             is_metered = bool(usage) or not meter.has_begun
             await self._account(
-                target, usage if is_metered else _about(call, turn), is_metered=is_metered
+                target, usage if is_metered else about(call, turn.text()), is_metered=is_metered
             )
         self._turn = None
 
@@ -523,9 +530,9 @@ class Run:
         note: Json = {}
         while end >= 0:
             note = self.generated[end].get(NOTE) or {}
-            if note.get("kind") != "resumed":
+            if note.get("kind") not in ("resumed", "compacted"):
                 break
-            end -= 1 + note["discards"]
+            end -= 1 + note.get("discards", 0)
         if note.get("kind") != "repair":
             return []
         broken = self.generated[end - note["discards"] : end]
@@ -537,60 +544,3 @@ class Run:
             {"type": "model_output", "content": said},
             {"type": "user_input", "content": [{"type": "text", "text": ask}]},
         ]
-
-
-def _freed(choice: str | Json | None) -> str | Json | None:
-    """The choice of tools without the demand to call one: it would never come to an answer."""
-    if choice == "any":
-        return "auto"
-    if isinstance(choice, dict) and choice["allowed_tools"].get("mode") == "any":
-        return {"allowed_tools": {**choice["allowed_tools"], "mode": "auto"}}
-    return choice
-
-
-def _about(call: ModelCall, turn: Turn) -> Json:
-    """About what a call took that broke off before it said so."""
-    given = estimate_tokens(call.messages, call.system, call.tools)
-    written = len(turn.text()) // 4 + 1
-    return {
-        "total_input_tokens": given,
-        "total_output_tokens": written,
-        "total_tokens": given + written,
-    }
-
-
-def call_for(
-    spec: RunSpec,
-    target: Target,
-    messages: Sequence[bytes],
-    generation: Json,
-    *,
-    tools: Sequence[Json] | None = None,
-    is_free: bool = False,
-) -> ModelCall:
-    """The call that a spec makes of a model.
-
-    Args:
-        spec: What the run was told.
-        target: Which model.
-        messages: The conversation.
-        generation: The generation config.
-        tools: What the model can call, where it is not as at the beginning.
-        is_free: The model has called a tool, so it need not be made to call one again.
-    """
-    if tools is None:
-        own = toolbox(spec.own_tools, Means()).declarations()
-        tools = [*deferred.declared(spec.tools, ()), *own]
-    return ModelCall(
-        model=target.model,
-        messages=messages,
-        system=spec.system,
-        tools=tools,
-        tool_choice=_freed(spec.tool_choice) if is_free else spec.tool_choice,
-        generation=generation,
-        json_schema=spec.json_schema,
-        response_formats=spec.response_formats,
-        modalities=spec.modalities,
-        safety_settings=spec.safety_settings,
-        service_tier=spec.service_tier,
-    )

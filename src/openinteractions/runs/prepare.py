@@ -6,8 +6,8 @@ from typing import Any
 
 from openinteractions.errors import Invalid
 from openinteractions.loop.approval import carried_out
+from openinteractions.loop.asking import call_for
 from openinteractions.loop.context import for_model
-from openinteractions.loop.run import call_for
 from openinteractions.loop.spec import Limits, RunSpec
 from openinteractions.loop.structured import enforced, require_schema
 from openinteractions.models.catalog import Catalog, Target
