@@ -33,8 +33,9 @@ bench: ## Measure turns, sandboxes and the egress proxy against what they cannot
 	@.venv/bin/python -m benchmarks.sandbox
 	@.venv/bin/python -m benchmarks.egress
 
-gap: ## Count runs that end well, ours and a naive chain's, side by side
+gap: ## Count runs that end well: a naive chain's, ours, and agents' in sandboxes
 	@scripts/setup --dev
+	@{ scripts/docker && scripts/sandbox-image slim; } || echo "==> going on without sandboxes"
 	@.venv/bin/python -m benchmarks.gap $(ARGS)
 
 chaos: ## Run 200 runs while everything is killed (ARGS="--runs 60 --seed 7")

@@ -27,7 +27,6 @@ from openinteractions.settings import SandboxSettings
 
 IMAGE = "openinteractions/sandbox:slim"
 _LONGEST_S = 180.0
-_ENGINE_S = 10.0
 _KILL_EVERY_S = 5.0
 _FILE = "/workspace/log.txt"
 _LAST = "end"
@@ -102,14 +101,12 @@ async def problem() -> str | None:
     try:
         backend = engine.backend(settings)
         try:
-            async with asyncio.timeout(_ENGINE_S):
-                await backend.health()
-                has_image = await backend.image_id(IMAGE) is not None
+            await engine.examine(backend, settings)
         finally:
             await backend.close()
-    except (AppError, TimeoutError) as error:
-        return error.message if isinstance(error, AppError) else "The engine does not answer."
-    return None if has_image else f"There is no image {IMAGE}: run scripts/sandbox-image slim."
+    except AppError as error:
+        return error.message
+    return None
 
 
 async def measure(runs: int, concurrency: int, folder: Path) -> tuple[Tally, Script, int]:

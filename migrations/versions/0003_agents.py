@@ -1,4 +1,4 @@
-"""Custom agents and their versions."""
+"""Custom agents and their versions, and consents."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -52,10 +52,24 @@ def upgrade() -> None:
         unique=False,
         postgresql_where=sa.text("deleted_at is null"),
     )
+    op.create_table(
+        "consents",
+        sa.Column("interaction_id", sa.Uuid(), nullable=False),
+        sa.Column("call_id", sa.Text(), nullable=False),
+        sa.Column("project_id", sa.Uuid(), nullable=False),
+        sa.Column(
+            "given_at",
+            sa.DateTime(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
+        ),
+        sa.PrimaryKeyConstraint("interaction_id", "call_id", name=op.f("pk_consents")),
+    )
 
 
 def downgrade() -> None:
     op.execute("set local lock_timeout = '4s'")
+    op.drop_table("consents")
     op.drop_index(
         op.f("ix_agents_project_id"),
         table_name="agents",

@@ -22,8 +22,8 @@ from tests.e2e.server import Fakes
 from tests.fakes.upstream import Received, Reply
 from tests.sandbox.engine import SLIM, DockerEngine
 
-_WORKERS = 2
-_START_S = 60.0
+WORKERS = 2
+_START_S = 90.0
 DEAD_AFTER_S = 2.0
 
 
@@ -43,17 +43,20 @@ class Fleet:
     def start_worker(self) -> None:
         self.workers.append(self._spawn("worker"))
 
-    def all_ready(self) -> None:
-        """Wait until everything that was started takes work."""
+    def ready(self, workers: int = 1) -> None:
+        """Wait until there are sandboxes, and so many workers; the others come meanwhile."""
         assert self.broker is not None
         pid = self.broker.pid
-        until(
-            lambda: self.own.fetch("select from brokers where problem is null and pid = $1", pid),
-            within_s=_START_S,
-        )
+        assert [p.args for p in (self.broker, *self.workers) if p.poll() is not None] == []
+        up = "select from brokers where problem is null and pid = $1"
+        listed = "select from workers where role = 'worker' and pid = any($1::int[])"
         pids = [worker.pid for worker in self.workers]
-        listed = "select pid from workers where role = 'worker' and pid = any($1::int[])"
-        until(lambda: len(self.own.fetch(listed, pids)) == len(pids), within_s=_START_S)
+        try:
+            until(lambda: self.own.fetch(up, pid), within_s=_START_S)
+            until(lambda: len(self.own.fetch(listed, pids)) >= workers, within_s=_START_S)
+        except AssertionError:
+            log = (self.own.home / "server.log").read_text()
+            raise AssertionError(f"it did not start:\n{log[-5000:]}") from None
 
     def owner(self, interaction: str) -> subprocess.Popen[bytes]:
         """The worker that runs an interaction."""
@@ -147,9 +150,9 @@ def fleet(fakes: Fakes, engine: DockerEngine, *, name: str, **variables: str) ->
             running = Fleet(own, url)
             try:
                 running.start_broker()
-                for _ in range(_WORKERS):
+                for _ in range(WORKERS):
                     running.start_worker()
-                running.all_ready()
+                running.ready(WORKERS)
                 yield running
             finally:
                 running.stop()
@@ -170,8 +173,12 @@ class Gate:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        self._lock: Any = self._do(asyncpg.connect(url))
+        self._turn = asyncio.Lock()
+        """The test's thread and the model's both ask."""
         self._look: Any = self._do(asyncpg.connect(url))
+        self._locks: list[Any] = [self._do(asyncpg.connect(url)) for _ in range(2)]
+        """The first holds the row while the gate is closed."""
+        self._row: Any = None
         self._is_closed = False
 
     def before(self, reply: Reply) -> Callable[[Received], Reply]:
@@ -200,9 +207,10 @@ class Gate:
         self._do(self._again())
 
     def open(self) -> None:
+        """Let everything through."""
         if self._is_closed:
             self._is_closed = False
-            self._do(self._lock.execute("commit"))
+            self._do(self._locks[0].execute("commit"))
 
     def drop(self) -> None:
         """End the connection that waits: its statement has no effect."""
@@ -211,34 +219,49 @@ class Gate:
         until(lambda: self._do(self._waiting()) is None)
 
     def end(self) -> None:
-        for connection in (self._lock, self._look):
+        for connection in (*self._locks, self._look):
             self._do(connection.close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=10)
         self._loop.close()
 
     async def _close(self) -> None:
-        await self._lock.execute("begin")
-        await self._lock.execute(
-            # Foreign keys may still point to it.
-            "select from interactions where id = (select max(id::text)::uuid from interactions) "
-            "for no key update"
-        )
+        self._row = await self._look.fetchval("select max(id::text)::uuid from interactions")
+        await self._take(self._locks[0])
         self._is_closed = True
 
+    async def _take(self, lock: Any) -> None:
+        await lock.execute("begin")
+        # Foreign keys may still point to the row.
+        await lock.fetch("select from interactions where id = $1 for no key update", self._row)
+
     async def _again(self) -> None:
-        # Who waits comes first.
-        await self._lock.execute("commit")
-        await self._close()
+        """Let one through: the next lock stands in line right behind it."""
+        held, following = self._locks
+        taking = asyncio.ensure_future(self._take(following))
+        while not await self._is_in_line(following):  # noqa: ASYNC110 - the database tells nobody
+            await asyncio.sleep(0.01)
+        await held.execute("commit")
+        await taking
+        self._locks.reverse()
+
+    async def _is_in_line(self, lock: Any) -> bool:
+        return await self._look.fetchval(
+            "select cardinality(pg_blocking_pids($1)) > 0", lock.get_server_pid()
+        )
 
     async def _waiting(self) -> int | None:
         return await self._look.fetchval(
             "select pid from pg_stat_activity where $1 = any(pg_blocking_pids(pid))",
-            self._lock.get_server_pid(),
+            self._locks[0].get_server_pid(),
         )
 
     def _do(self, work: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=30)
+        async def alone() -> Any:
+            async with self._turn:
+                return await work
+
+        return asyncio.run_coroutine_threadsafe(alone(), self._loop).result(timeout=30)
 
 
 @contextmanager

@@ -14,8 +14,8 @@ from google.genai import Client
 
 from openinteractions import ids as public_ids
 from openinteractions.models.port import Finished, TextDelta, ToolCall
-from tests.e2e.fleet import Fleet, Gate, fleet, gate, until
-from tests.e2e.reading import generated, ids, read
+from tests.e2e.fleet import WORKERS, Fleet, Gate, fleet, gate, until
+from tests.e2e.reading import ids, plain, read
 from tests.e2e.server import USAGE, Fakes, answer, sdk, turn
 from tests.fakes.mcp import FakeMcp
 from tests.fakes.upstream import Reply
@@ -47,7 +47,7 @@ def parts(upstreams: Fakes, docker_engine: DockerEngine) -> Generator[Fleet]:
 
 @pytest.fixture
 def client(parts: Fleet, fakes: Fakes) -> Generator[Client]:
-    parts.all_ready()
+    parts.ready()
     with sdk(parts.own, attempts=5) as made:
         yield made
 
@@ -114,12 +114,12 @@ class Watched:
         got = self.client.interactions.get(self.id)
         assert got.status == status, got
         assert (got.output_text or "") == text
-        return generated(got)
+        return plain(got.steps[1:])
 
 
 def whole(parts: Fleet, client: Client, key: str, events: list[Any]) -> None:
     """Everything that holds of every run, whatever has happened to it."""
-    steps = generated(client.interactions.get(key))
+    steps = plain(client.interactions.get(key).steps[1:])
     # What the reader was shown is what there is, and every event came once.
     assert [step["type"] for step in read(events)] == [step["type"] for step in steps]
     assert ids(client.interactions.get(key, stream=True)) == ids(events)
@@ -242,6 +242,8 @@ def test_the_database_is_away_in_the_middle(parts: Fleet, client: Client, fakes:
         ),
         answer("Counted."),
     ]
+    # One that is just starting without a database ends, for its supervisor to try again.
+    parts.ready(WORKERS)
     watched = Watched(client)
     until(lambda: watched.file("workspace/runs"))
     parts.kill_database()
@@ -262,7 +264,7 @@ EDIT = call("edit_file", path="a.txt", old_text="a", new_text="aa", replace_all=
 def edited(client: Client, fakes: Fakes, at_gate: Gate, *more: ToolCall) -> Watched:
     """A run whose edit stands at its first commit."""
     fakes.acme.replies += [
-        calls(call("write_file", path="a.txt", content="a\n")),
+        calls(call("write_file", "c0", path="a.txt", content="a\n")),
         at_gate.before(calls(EDIT, *more)),
         answer("Edited."),
     ]
@@ -325,7 +327,7 @@ def test_a_worker_that_only_slept_changes_no_file(
     """It wakes up between its note and its write, when the run has gone on elsewhere."""
     later = call("write_file", "c9", path="a.txt", content="later\n")
     fakes.acme.replies += [
-        calls(call("write_file", path="a.txt", content="a\n")),
+        calls(call("write_file", "c0", path="a.txt", content="a\n")),
         at_gate.before(calls(EDIT)),
         calls(later),
         answer("Written."),
@@ -505,7 +507,7 @@ def test_what_a_human_approves_happens_once(
     parts: Fleet, client: Client, fakes: Fakes, at_gate: Gate
 ) -> None:
     """Workers die while it waits, and when it has been approved."""
-    guarded = {**CONFIG, "approve": ["code_execution"]}
+    guarded = {"type": "dynamic", "model": "acme/m", "approve": ["code_execution"]}
     fakes.acme.replies.append(calls(bash("echo begun >> runs; sleep 3; echo did it")))
     parked = Watched(client, agent_config=guarded)
     parker = parts.owner(parked.id)

@@ -230,7 +230,7 @@ def test_functions_of_the_clients_park_and_ours_do_not(client: Client, fakes: Fa
     assert '"url_context"' not in json.dumps(fakes.acme.requests[-1].json)
 
 
-def test_a_human_approves_edits_and_denies(client: Client, fakes: Fakes) -> None:
+def test_a_human_approves_edits_and_denies(client: Client, sandboxes: Server, fakes: Fakes) -> None:
     guarded = {"type": "dynamic", "model": "acme/m", "approve": ["code_execution", "delete_*"]}
     fakes.acme.replies.append(
         calls(
@@ -272,6 +272,19 @@ def test_a_human_approves_edits_and_denies(client: Client, fakes: Fakes) -> None
     sent = json.dumps(fakes.acme.requests[-1].json)
     assert "Keep it." in sent
     assert "less" in sent
+    # A second click, or another branch, does not run it again.
+    asked_again = {
+        "agent": AGENT,
+        "agent_config": guarded,
+        "input": [
+            {"type": "function_result", "call_id": key, "name": "approval", "result": result}
+            for key, result in answers.items()
+        ],
+    }
+    for previous in (parked.id, f"{parked.id}@3"):
+        status, refused = post(sandboxes, {**asked_again, "previous_interaction_id": previous})
+        assert (status, refused["error"]["code"]) == (400, "invalid_request")
+        assert "carried out already" in refused["error"]["message"]
 
 
 def test_a_budget_ends_the_run_and_the_next_call_has_a_fresh_one(
@@ -451,6 +464,10 @@ WRONG = {
     "approve": (
         {"environment": "remote", "agent_config": {"type": "dynamic", "approve": ["nothing"]}},
         "'approve'",
+    ),
+    "slip": (
+        {"environment": "remote", "agent_config": {"type": "dynamic", "aprove": ["*"]}},
+        "aprove",
     ),
 }
 

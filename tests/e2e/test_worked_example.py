@@ -143,10 +143,12 @@ def noted(received: Received) -> Notes:
     for shown in results(received):
         match shown.name:
             case "google_search":
-                found = re.findall(r"^\[\d+\] (\S+)\n(?:.*\n)*?<page \w+>\n(\w+)", shown.text, re.M)
+                found = re.findall(
+                    r"^\[\d+\] (\S+)\n(?:.*\n)*?<page \w+>\n(\w+)", shown.text, re.MULTILINE
+                )
                 notes.urls |= {shop: url for url, shop in found}
             case "url_context":
-                for page in re.split(r"^\[\d+\] ", shown.text, flags=re.M)[1:]:
+                for page in re.split(r"^\[\d+\] ", shown.text, flags=re.MULTILINE)[1:]:
                     take_page(notes, page)
             case "browser":
                 price = PRICE.search(shown.text)
@@ -158,7 +160,7 @@ def noted(received: Received) -> Notes:
 
 
 def take_page(notes: Notes, page: str) -> None:
-    url = page.split()[0]
+    url = page.partition("\n")[0].strip()
     shop = next(name for name, place in notes.urls.items() if place == url)
     if "\nStatus: " in page:
         told = re.search(r"it answered ([0-9]+)", page)
@@ -175,29 +177,34 @@ def shopper(received: Received) -> Reply:
     """The next thing that somebody does who works through the task."""
     done = [shown.name for shown in results(received)]
     notes = noted(received)
+    unseen = notes.scripted[done.count("browser") :]
     if "google_search" not in done:
-        return calls("google_search", queries=QUERIES)
-    if "url_context" not in done:
-        return calls("url_context", urls=list(notes.urls.values()))
-    for url in notes.scripted[done.count("browser") :]:
-        return calls("browser", action="open", url=url)
-    if "code_execution" not in done:
-        return calls("code_execution", language="python", code=CODE.format(prices=notes.prices))
-    rows = ROW.findall(result_of(received, "code_execution"))
-    if "write_file" not in done:
-        lines = ["shop,price,percent_above,flag", *(",".join(row) for row in rows)]
-        return calls("write_file", path="/workspace/prices.csv", content="\n".join(lines) + "\n")
-    return turn(TextDelta(told(notes, rows)), Finished("stop", USAGE))
+        reply = calls("google_search", queries=QUERIES)
+    elif "url_context" not in done:
+        reply = calls("url_context", urls=list(notes.urls.values()))
+    elif unseen:
+        reply = calls("browser", action="open", url=unseen[0])
+    elif "code_execution" not in done:
+        reply = calls("code_execution", language="python", code=CODE.format(prices=notes.prices))
+    else:
+        rows = ROW.findall(result_of(received, "code_execution"))
+        reply = writes(rows) if "write_file" not in done else told(notes, rows)
+    return reply
 
 
-def told(notes: Notes, rows: list[tuple[str, ...]]) -> str:
+def writes(rows: list[tuple[str, ...]]) -> Reply:
+    lines = ["shop,price,percent_above,flag", *(",".join(row) for row in rows)]
+    return calls("write_file", path="/workspace/prices.csv", content="\n".join(lines) + "\n")
+
+
+def told(notes: Notes, rows: list[tuple[str, ...]]) -> Reply:
     lines = ["| Shop | Price | Above the cheapest | Flag |", "|---|---|---|---|"]
     for shop, price, above, flag in rows:
         said = " more than 15 % |" if flag else " |"
         lines.append(f"| [{shop}]({notes.urls[shop]}) | {price} € | {above} % |{said}")
     broken = ", ".join(f"{shop} ({why})" for shop, why in notes.broken.items())
     lines += ["", f"Not available: {broken}.", "", "The table is in /workspace/prices.csv."]
-    return "\n".join(lines)
+    return turn(TextDelta("\n".join(lines)), Finished("stop", USAGE))
 
 
 def calls(name: str, **arguments: Any) -> Reply:
@@ -227,9 +234,11 @@ def ran(server: Server, hook: str, model: str) -> tuple[Any, str]:
         code = code.replace(written, here)
     names: dict[str, Any] = {}
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(compile(code, str(DOCUMENT), "exec"), names)
-    names["client"].close()
+    try:
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code, str(DOCUMENT), "exec"), names)
+    finally:
+        names["client"].close()
     return names["run"], printed.getvalue()
 
 
@@ -272,7 +281,8 @@ def test_prices_are_compared(
 def assert_printed(printed: str, shops: Site) -> None:
     """The program says what its document says that it does; the table is right."""
     _, documented = program()
-    assert printed.replace(shops.url, "http://shops.example").strip() == documented.strip()
+    lines = printed.replace(shops.url, "http://shops.example").splitlines()
+    assert [line.rstrip() for line in lines if line] == [x for x in documented.splitlines() if x]
     table = printed[printed.index("shop,price") :]
     assert list(csv.DictReader(io.StringIO(table.strip()))) == ROWS
 

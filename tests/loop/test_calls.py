@@ -283,7 +283,7 @@ PENDING = [
 def test_an_answer_approves_denies_or_edits(result: object, expected: object):
     box = Toolbox(boxed(Double("write")))
     found = approval.carried_out(PENDING, [consents(result)], box)
-    wanted = [] if expected is None else [{"tool": "write", "arguments": expected}]
+    wanted = [] if expected is None else [{"call_id": "c0", "tool": "write", "arguments": expected}]
     assert found == wanted
 
 

@@ -7,6 +7,7 @@ import orjson
 import pytest
 
 from openinteractions.errors import Invalid
+from openinteractions.loop import approval
 from openinteractions.loop.spec import Limits, RunSpec
 from openinteractions.models.catalog import Catalog
 from openinteractions.models.port import Json
@@ -15,6 +16,8 @@ from openinteractions.runs import prepare
 from openinteractions.runs.assign import Powers
 from openinteractions.runs.brief import of_model
 from openinteractions.settings import ModelSettings, ProviderSettings
+from openinteractions.tools.port import Means
+from openinteractions.tools.toolbox import toolbox
 from openinteractions.wire.create import parse_create
 
 CODE = {"type": "code_execution"}
@@ -197,6 +200,53 @@ async def test_what_was_consented_to_is_part_of_the_spec(catalog: Catalog):
     asked = {"model": "acme/m", "input": [answer], "previous_interaction_id": "v1_x"}
     made = await prepared(catalog, pending=[call], tools=[CODE], **asked)
     approved = RunSpec.load(made.spec).approved
-    assert approved == [{"tool": "code_execution", "arguments": arguments}]
+    assert approved == [{"call_id": "c1", "tool": "code_execution", "arguments": arguments}]
+    assert made.consents == ["c1"]
     with pytest.raises(Invalid, match="'code_execution' was approved"):
         await prepared(catalog, pending=[call], **asked)
+
+
+async def test_a_pattern_that_means_nothing_is_a_slip(catalog: Catalog):
+    with pytest.raises(Invalid, match=r"'approve' names 'github/\*'"):
+        await prepared(
+            catalog, model="acme/m", tools=[CODE], limits={"approve": ["github/*", "code*"]}
+        )
+
+
+async def test_what_needs_consent_is_run_here(catalog: Catalog):
+    asked = {"model": "goog/other", "tools": [CODE, PAGES], "limits": {"approve": ["*"]}}
+    spec = RunSpec.load((await prepared(catalog, **asked, vendor=True)).spec)
+    assert (spec.own_tools, spec.tools) == ([CODE, PAGES], [])
+    asked["tools"] = [SEARCH]
+    with pytest.raises(Invalid, match="cannot wait for consent"):
+        await prepared(catalog, **asked)
+    assert RunSpec.load((await prepared(catalog, **asked, search=True)).spec).own_tools == [SEARCH]
+
+
+async def test_what_a_vendor_alone_can_run_cannot_be_asked_for(catalog: Catalog):
+    maps = {"type": "google_maps"}
+    with pytest.raises(Invalid, match="'google_maps'"):
+        await prepared(
+            catalog,
+            model="goog/other",
+            tools=[CODE, maps],
+            limits={"approve": ["code*", "google*"]},
+        )
+
+
+async def test_consent_needs_store(catalog: Catalog):
+    with pytest.raises(Invalid, match="'approve' needs 'store'"):
+        await prepared(
+            catalog, model="acme/m", tools=[CODE], store=False, limits={"approve": ["*"]}
+        )
+
+
+async def test_an_mcp_servers_tool_is_supervised_by_its_own_name(catalog: Catalog):
+    known = {"name": "delete.repo", "description": "", "parameters": {"type": "object"}}
+    entry = {"type": "mcp_server", "name": "github", "url": "https://h/mcp", "tools": [known]}
+    box = toolbox([entry], Means())
+    (name,) = box.all()
+    assert name != "github__delete.repo"
+    for pattern in ("github__delete.repo", "*DELETE.repo", "github__*", name):
+        assert approval.means(pattern, name, box)
+    assert not approval.means("github__create*", name, box)

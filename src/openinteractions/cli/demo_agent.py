@@ -1,7 +1,8 @@
-"""The demo's agent: it writes a program, runs it in its sandbox, and leaves a file to be fetched."""
+"""The demo's agent: it writes a program, runs it in its sandbox, and leaves a file."""
 
 import json
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, cast
@@ -15,13 +16,13 @@ TASK: Final = (
     "/workspace/primes.txt, one a line. Run it, look at what it wrote, and tell me their sum."
 )
 _RIGHT: Final = [2, 3, 5, 7, 11, 13, 17, 19, 23, 29]
-_LIMITS: Final = {"max_steps": 40, "max_seconds": 300}
+_LIMITS: Final = {"max_steps": 40, "max_seconds": 180}
 _UNTIL_UP_S: Final = 60.0
 _PAUSE_S: Final = 0.5
 _UNREADY: Final = 503
 _NOT_FOUND: Final = 404
 _WIDTH: Final = 92
-_LINES: Final = 6
+_LINES: Final = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ class Worked:
 
 def work(client: Any, choice: Choice) -> Worked:  # noqa: ANN401 - the SDK's types are not complete
     """Start the agent in the background, show its steps as they stream, and fetch its file."""
+    warnings.filterwarnings("ignore", ".* usage is experimental", UserWarning)
     print(f"   > {TASK}", flush=True)
     started = _started(client, choice)
     print(f"   {started.id}: {started.status}; the caller is free, and looks on", flush=True)
@@ -63,14 +65,19 @@ def _started(client: Any, choice: Choice) -> Any:  # noqa: ANN401 - as above
                 input=TASK,
                 environment="remote",
                 tools=[{"type": "code_execution"}],
-                agent_config={"type": "antigravity", "model": choice.model, **_LIMITS},
+                agent_config={"type": "dynamic", "model": choice.model, **_LIMITS},
                 background=True,
             )
-        except Exception as error:  # the SDK's errors are not public
+        except Exception as error:
             # The broker may still be starting.
-            if getattr(error, "status_code", None) != _UNREADY or time.monotonic() > deadline:
+            if _status(error) != _UNREADY or time.monotonic() > deadline:
                 raise
         time.sleep(_PAUSE_S)
+
+
+def _status(error: Exception) -> object:
+    """Of an HTTP error; its classes name it in two ways, and not all of them are public."""
+    return getattr(error, "status_code", None) or getattr(error, "code", None)
 
 
 def _show(events: Any) -> None:  # noqa: ANN401 - as above
@@ -105,10 +112,10 @@ def _print_step(step: Json) -> None:
 
 
 def _arguments(arguments: Mapping[str, Any]) -> str:
-    """Short ones beside each other, long ones below."""
-    short = [str(value) for value in arguments.values() if "\n" not in str(value)]
-    long = [str(value) for value in arguments.values() if "\n" in str(value)]
-    return "\n".join([" ".join(short), *long])
+    """Short ones beside each other, long ones below; the language before the code."""
+    values = [str(arguments[key]) for key in sorted(arguments, key=lambda key: key == "code")]
+    short = [value for value in values if "\n" not in value.strip()]
+    return "\n".join([" ".join(short), *(value for value in values if value not in short)])
 
 
 def _said(result: object) -> str:
@@ -133,8 +140,8 @@ def _fetched(client: Any, environment: str) -> str | None:  # noqa: ANN401 - as 
         data: bytes = client.environments.files.download(
             environment=environment, path="workspace/primes.txt"
         )
-    except Exception as error:  # the SDK's errors are not public
-        if getattr(error, "status_code", None) == _NOT_FOUND:
+    except Exception as error:
+        if _status(error) == _NOT_FOUND:
             return None
         raise
     return data.decode(errors="replace")

@@ -2,11 +2,11 @@
 
 import asyncio
 import contextlib
+import secrets
 import sys
 from pathlib import Path
 from typing import Final
 
-from openinteractions import ids
 from openinteractions.broker import engine
 from openinteractions.errors import AppError
 from openinteractions.sandbox.pool import BROKER_LABEL
@@ -21,7 +21,7 @@ class DemoSandboxes:
     def __init__(self, settings: Settings) -> None:
         """Nothing is looked at yet."""
         self._settings = settings
-        self._broker = f"demo-{ids.new().hex[-8:]}"
+        self._broker = f"demo-{secrets.token_hex(4)}"
         self.problem: str | None = None
         """Why there are none."""
 

@@ -444,6 +444,16 @@ agent_versions = Table(
     _moment("created_at", default=True),
 )
 
+consents = Table(
+    "consents",
+    metadata,
+    # A human's yes to a call of a tool, by the interaction that asked: it counts once.
+    Column("interaction_id", Uuid, primary_key=True),
+    Column("call_id", Text, primary_key=True),
+    Column("project_id", Uuid, nullable=False),
+    _moment("given_at", default=True),
+)
+
 egress_log = Table(
     "egress_log",
     metadata,

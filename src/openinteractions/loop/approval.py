@@ -50,7 +50,7 @@ class Supervised(Toolbox):
     def __init__(self, tools: Toolbox, patterns: Sequence[str]) -> None:
         """Ask before tools whose names match one of the patterns (`*` stands for anything)."""
         super().__init__(tools.all())
-        self._patterns = [pattern.lower() for pattern in patterns]
+        self._patterns = list(patterns)
 
     def find(self, name: str) -> Tool | None:
         """The tool that a model's call means; one that needs consent only asks for it."""
@@ -60,7 +60,21 @@ class Supervised(Toolbox):
         return Asking(tool, name)
 
     def _needs_consent(self, name: str) -> bool:
-        return any(fnmatchcase(name.lower(), pattern) for pattern in self._patterns)
+        return any(means(pattern, name, self) for pattern in self._patterns)
+
+
+def means(pattern: str, name: str, tools: Toolbox) -> bool:
+    """Whether a pattern means the tool of this name.
+
+    A tool of an MCP server is also known by the names that the server and the request give: the
+    model's name for it may be a shortened one.
+    """
+    tool = Toolbox.find(tools, name)
+    if tool is None:
+        return False
+    step = tool.call_step(ToolCall(None, name, {}))
+    known = {name, f"{step['server_name']}__{step['name']}"} if "server_name" in step else {name}
+    return any(fnmatchcase(each.lower(), pattern.lower()) for each in known)
 
 
 class Asking:
@@ -94,7 +108,9 @@ class Asking:
 
 
 def carried_out(pending: Sequence[Json], steps: Sequence[Json], tools: Toolbox) -> list[Json]:
-    """The calls that the answers in an input have approved: `{tool, arguments}`, in their order.
+    """The calls that the answers in an input have approved, in their order.
+
+    Each is `{call_id, tool, arguments}`: who asked, and what is to be called.
 
     Args:
         pending: The open calls of the interaction before.
@@ -127,7 +143,7 @@ def carried_out(pending: Sequence[Json], steps: Sequence[Json], tools: Toolbox) 
         arguments = decision.arguments
         if arguments is None:
             arguments = call["arguments"]["arguments"]
-        approved.append({"tool": name, "arguments": arguments})
+        approved.append({"call_id": call_id, "tool": name, "arguments": arguments})
     return approved
 
 

@@ -7,10 +7,11 @@ import structlog
 
 from openinteractions.errors import ContextOverflow, ModelError
 from openinteractions.loop import compaction
-from openinteractions.loop.limits import estimate_tokens
+from openinteractions.loop.limits import estimate_tokens, room_for_output
 from openinteractions.loop.meter import Meter
 from openinteractions.loop.ports import Ports
 from openinteractions.loop.record import Record
+from openinteractions.loop.spec import RunSpec, RunState
 from openinteractions.loop.turn import Turn
 from openinteractions.models.catalog import Target
 from openinteractions.models.port import Json, ModelCall
@@ -31,19 +32,27 @@ class Account(Protocol):
 class Room:
     """Keeps an agent's conversation within its model's window."""
 
-    def __init__(self, record: Record, ports: Ports, account: Account) -> None:
+    def __init__(
+        self, spec: RunSpec, state: RunState, record: Record, ports: Ports, account: Account
+    ) -> None:
+        self._spec = spec
+        self._state = state
         self._record = record
         self._ports = ports
         self._account = account
 
-    def is_scarce(self, target: Target, tokens: int, *, is_continued: bool) -> bool:
+    def is_scarce(self, target: Target, tokens: int, *, fixed: int, is_continued: bool) -> bool:
         """Whether a handover is due before the next call, and would shorten it.
 
         Args:
             target: Who is asked.
             tokens: About how many the input has, where no call was counted yet.
+            fixed: How many of them instructions and tools have, which stay.
             is_continued: Whether earlier interactions are part of the input.
         """
+        if fixed > target.context_tokens // 2:
+            # It would be due again at once.
+            return False
         expected = compaction.expected_tokens(self._record.generated)
         most = tokens if expected is None else expected
         is_due = compaction.is_due(most, target.context_tokens)
@@ -91,6 +100,8 @@ class Room:
             generation={"max_output_tokens": compaction.handover_tokens(window)},
         )
         given = estimate_tokens(call.messages, system)
+        # The run's own limits hold for this call too.
+        room_for_output(self._spec.limits, self._state, input_tokens=given, price=target.price)
         worst = given + compaction.handover_tokens(window)
         purse = self._ports.purse
         if purse is not None:

@@ -106,7 +106,9 @@ class Run:
             is_counted=spec.agent is not None,
         )
         self._calls = Calls(self._record, state, self._tools)
-        self._room = None if spec.agent is None else Room(self._record, ports, self._account)
+        self._room = (
+            None if spec.agent is None else Room(spec, state, self._record, ports, self._account)
+        )
         self._turn: Turn | None = None
         self._feedback: list[Json] = []
         self._clamped = False
@@ -238,8 +240,9 @@ class Run:
         room = self._room
         if room is None:
             return messages
-        tokens = estimate_tokens(messages, self.spec.system, self._declared())
-        if not room.is_scarce(target, tokens, is_continued=self._is_continued):
+        fixed = estimate_tokens((), self.spec.system, self._declared())
+        tokens = fixed + estimate_tokens(messages, None)
+        if not room.is_scarce(target, tokens, fixed=fixed, is_continued=self._is_continued):
             return messages
         await room.make(target)
         return await self._all_messages(target)

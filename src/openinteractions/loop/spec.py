@@ -47,7 +47,7 @@ class RunSpec:
     approve: list[str] = field(default_factory=list[str])
     """Names of tools, or patterns, that need a human's consent."""
     approved: list[Json] = field(default_factory=list[Json])
-    """Calls that it begins with, `{tool, arguments}`: a human has consented to them."""
+    """Calls that it begins with, `{call_id, tool, arguments}`: a human has consented to them."""
 
     def dump(self) -> bytes:
         """As JSON, for the interaction's row."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, Final
 
 from openinteractions.errors import Invalid
@@ -34,6 +35,24 @@ class Powers:
     """Why no sandbox can be had now; None: one can, or nobody has looked."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """For whom the tools are."""
+
+    kinds: set[str]
+    powers: Powers
+    is_agent: bool
+    approve: Sequence[str]
+
+    def asks_for(self, kind: str) -> bool:
+        """Whether tools of a type need consent."""
+        return any(fnmatchcase(kind, pattern.lower()) for pattern in self.approve)
+
+    def is_ours(self, kind: str) -> bool:
+        """Whether this server runs it, also where the vendor could."""
+        return self.is_agent or self.kinds != {"gemini"} or self.asks_for(kind)
+
+
 @dataclass(slots=True)
 class Assigned:
     """The tools of a run."""
@@ -61,7 +80,7 @@ def assign(
     *,
     is_agent: bool,
     is_default: bool,
-    asks: bool,
+    approve: Sequence[str],
 ) -> Assigned:
     """Decide who runs each tool.
 
@@ -71,14 +90,15 @@ def assign(
         powers: What this server can do.
         is_agent: An agent's pages are fetched here, past the rules of its environment.
         is_default: What cannot be had is left out, with a warning, instead of refused.
-        asks: Some tools need consent, which a function call of a name of its own asks for.
+        approve: Patterns of tools that need consent: these are run here.
 
     Raises:
         Invalid: A tool cannot be had; the message names it, and what would help.
     """
     found = Assigned()
+    case = _Case(kinds, powers, is_agent, approve)
     for number, tool in enumerate(tools):
-        reason = _place(tool, number, kinds, powers, found, is_agent=is_agent)
+        reason = _place(tool, number, case, found)
         if reason is None:
             continue
         if not is_default:
@@ -88,13 +108,11 @@ def assign(
         message = f"The agent works without {tool['type']}: {reason}."
         found.warnings.append(Warning("tool_left_out", f"tools.{tool['type']}", message))
     _join_deferred(tools, found)
-    _refuse_doubles(tools, {*found.names(), *((approval.NAME,) if asks else ())})
+    _refuse_doubles(tools, {*found.names(), *((approval.NAME,) if approve else ())})
     return found
 
 
-def _place(
-    tool: Json, number: int, kinds: set[str], powers: Powers, found: Assigned, *, is_agent: bool
-) -> str | None:
+def _place(tool: Json, number: int, case: _Case, found: Assigned) -> str | None:
     """Put one tool where it belongs; the reason, where it belongs nowhere."""
     match tool["type"]:
         case "function":
@@ -102,34 +120,36 @@ def _place(
         case "tool_search":
             _tool_search(tool, number, found)
         case "mcp_server":
-            found.own.append(powers.servers[number])
+            found.own.append(case.powers.servers[number])
         case "google_search":
-            return _search(tool, kinds, powers, found)
+            return _search(tool, case, found)
         case "url_context":
-            is_vendors = kinds == {"gemini"} and not is_agent
-            (found.passed if is_vendors else found.own).append(tool)
-        case "code_execution" if powers.vendor_runs_code and kinds == {"gemini"} and not is_agent:
+            (found.own if case.is_ours("url_context") else found.passed).append(tool)
+        case "code_execution" if case.powers.vendor_runs_code and not case.is_ours(tool["type"]):
             found.passed.append(tool)
         case kind if kind in SANDBOXED:
-            if powers.no_sandbox is not None:
-                return powers.no_sandbox.rstrip(".")
+            if case.powers.no_sandbox is not None:
+                return case.powers.no_sandbox.rstrip(".")
             found.own.append(tool)
-        case kind if is_agent:
+        case kind if case.is_agent:
             return f"agents do not support {kind}"
         case _:
             found.passed.append(tool)
     return None
 
 
-def _search(tool: Json, kinds: set[str], powers: Powers, found: Assigned) -> str | None:
+def _search(tool: Json, case: _Case, found: Assigned) -> str | None:
     """Gemini searches itself; else the operator's backend does, else a vendor that can."""
-    has_backend = bool(powers.search_types)
-    if kinds == {"gemini"} or (not has_backend and len(kinds) == 1 and kinds <= _SEARCHES):
+    kinds, types = case.kinds, case.powers.search_types
+    is_vendors = kinds == {"gemini"} or (not types and len(kinds) == 1 and kinds <= _SEARCHES)
+    if is_vendors and not case.asks_for("google_search"):
         found.passed.append(tool)
         return None
-    if not has_backend:
+    if is_vendors and not types:
+        return "a search that the model's vendor runs cannot wait for consent"
+    if not types:
         return _NO_SEARCH
-    unknown = [kind for kind in tool.get("search_types", ()) if kind not in powers.search_types]
+    unknown = [kind for kind in tool.get("search_types", ()) if kind not in types]
     if unknown:
         return f"this server's search backend has no '{unknown[0]}'"
     found.own.append(tool)

@@ -90,7 +90,17 @@ class Executor:
         if prepared.needs_sandbox:
             await house.sandboxes.require_broker()
         environment = await self._environment(project_id, request, agent, earlier)
-        return replace(prepared, environment_id=environment)
+        inherited = None if earlier is None else earlier.environment_id
+        return replace(
+            prepared,
+            environment_id=environment,
+            is_environment_new=environment != inherited and not _names_one(request.environment),
+        )
+
+    async def discard(self, project_id: UUID, prepared: Prepared) -> None:
+        """Take back what was made for a request that came to nothing."""
+        if prepared.environment_id is not None and prepared.is_environment_new:
+            await self._house.sandboxes.discard(project_id, prepared.environment_id)
 
     async def _environment(
         self,
@@ -245,6 +255,13 @@ def _require_environment(agent: Agent, request: CreateInteraction, earlier: Earl
             f"The agent '{agent.name}' needs an 'environment': give \"remote\" for a new one, or "
             "the id of one that you have."
         )
+
+
+def _names_one(environment: str | Json | None) -> bool:
+    """Whether a request works in an environment that was there before it."""
+    if isinstance(environment, dict):
+        return "environment_id" in environment
+    return environment is not None and environment.lower() != "remote"
 
 
 def _network(environment: str | Json | None) -> str | Json | None:

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from openinteractions.errors import Invalid
-from openinteractions.loop.approval import carried_out
+from openinteractions.loop.approval import carried_out, means
 from openinteractions.loop.asking import call_for
 from openinteractions.loop.context import for_model
 from openinteractions.loop.spec import Limits, RunSpec
@@ -18,7 +19,7 @@ from openinteractions.runs.assign import Powers, assign
 from openinteractions.runs.brief import Brief, Situation
 from openinteractions.runs.history import Inliner
 from openinteractions.tools.port import Means
-from openinteractions.tools.toolbox import toolbox
+from openinteractions.tools.toolbox import Toolbox, toolbox
 from openinteractions.wire.create import CreateInteraction
 
 _NANO = 1_000_000_000
@@ -60,22 +61,27 @@ async def prepare(request: CreateInteraction, brief: Brief, around: Surroundings
     catalog = around.catalog
     chain = _chain(brief.models, catalog)
     kinds = {catalog.providers[catalog.open(name).provider] for name in chain}
+    asks: list[str] = [*brief.most.get("approve", ()), *brief.limits.get("approve", ())]
+    if asks and not request.store:
+        raise Invalid("'approve' needs 'store': what was asked is answered by another request.")
     tools = assign(
         brief.tools,
         kinds,
         around.powers,
         is_agent=brief.agent is not None,
         is_default=brief.is_default,
-        asks=bool(brief.limits.get("approve") or brief.most.get("approve")),
+        approve=asks,
     )
     if request.json_schema:
         require_schema(request.json_schema, "response_format.schema")
     asked = limits(brief.limits, limits(brief.most, around.defaults))
     target = catalog.open(chain[0])
-    own_names = tools.names()
+    box = toolbox(tools.own, Means())
     spec = RunSpec(
         chain=chain,
-        system=brief.instructions(Situation(tools=own_names, context_tokens=target.context_tokens)),
+        system=brief.instructions(
+            Situation(tools=tools.names(), context_tokens=target.context_tokens)
+        ),
         tools=tools.passed,
         own_tools=tools.own,
         tool_choice=request.tool_choice,
@@ -89,8 +95,8 @@ async def prepare(request: CreateInteraction, brief: Brief, around: Surroundings
         limits=asked,
         agent=brief.agent,
         guided=brief.guided,
-        approve=_approve(brief, own_names),
-        approved=carried_out(around.pending, request.steps, toolbox(tools.own, Means())),
+        approve=_approve(asks, box, tools.passed),
+        approved=carried_out(around.pending, request.steps, box),
     )
     _require_price(spec, catalog)
     steps = await _fetched(request.steps, target, around.inliner)
@@ -107,6 +113,7 @@ async def prepare(request: CreateInteraction, brief: Brief, around: Surroundings
         steps=steps,
         warnings=[asdict(warning) for warning in warnings],
         secrets=around.powers.secrets,
+        consents=[call["call_id"] for call in spec.approved],
         needs_environment=tools.needs_sandbox or is_agent or request.environment is not None,
         needs_sandbox=tools.needs_sandbox,
     )
@@ -119,11 +126,17 @@ def _chain(models: Sequence[str], catalog: Catalog) -> list[str]:
     return list(dict.fromkeys([*first, *rest]))
 
 
-def _approve(brief: Brief, names: Sequence[str]) -> list[str]:
+def _approve(patterns: Sequence[str], tools: Toolbox, passed: Sequence[Json]) -> list[str]:
     """The patterns of tools that need consent; one that means none is a slip."""
-    patterns: list[str] = [*brief.most.get("approve", ()), *brief.limits.get("approve", ())]
+    names = [each["name"] for each in tools.declarations()]
     for pattern in patterns:
-        if "*" not in pattern and pattern.lower() not in {name.lower() for name in names}:
+        kinds = [tool["type"] for tool in passed if tool["type"] != "function"]
+        vendors = [kind for kind in kinds if fnmatchcase(kind, pattern.lower())]
+        if vendors:
+            raise Invalid(
+                f"'approve' cannot hold for '{vendors[0]}': here it is run by the model's vendor."
+            )
+        if not any(means(pattern, name, tools) for name in names):
             known = ", ".join(names) or "none"
             raise Invalid(
                 f"'approve' names '{pattern[:100]}', which is no tool that this server runs here. "

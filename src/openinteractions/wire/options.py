@@ -10,7 +10,6 @@ from openinteractions.wire.fields import (
     BY_SHAPE,
     BY_TYPE,
     LOWER,
-    REPLAYED,
     REQUEST,
     Count,
     Duration,
@@ -301,9 +300,9 @@ class CodeMenderConfig(TypedDict, total=False):
     fix_request: dict[str, Any]
 
 
-@with_config(REPLAYED)
+@with_config(REQUEST)
 class DynamicConfig(TypedDict, total=False):
-    """Free-form options; those below are this server's own."""
+    """Options of any agent. What this server does not know is refused, not ignored."""
 
     type: Required[Annotated[Literal["dynamic"], LOWER]]
     model: Name

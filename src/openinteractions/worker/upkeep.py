@@ -89,6 +89,8 @@ select project_id, id from interactions
 
 _LEFTOVERS = (
     "delete from lost_responses where at < now() - interval '5 minutes'",
+    """delete from consents c where given_at < now() - interval '7 days'
+       and not exists (select from interactions i where i.id = c.interaction_id)""",
     "delete from jobs where state = 3 and run_at < now() - interval '7 days'",
 )
 

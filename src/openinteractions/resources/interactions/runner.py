@@ -29,8 +29,12 @@ class Prepared:
     """It has tools that run in one."""
     environment_id: UUID | None = None
     """The sandbox that it works in; it is then left to the queue."""
+    is_environment_new: bool = False
+    """It was made for this interaction."""
     secrets: dict[str, Any] | None = field(default=None, repr=False)
     """Those of the request that its run needs: kept sealed, and in no other place."""
+    consents: Sequence[str] = ()
+    """Calls of the interaction before that it carries out, since a human has said yes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +130,10 @@ class Runner(Protocol):
             Invalid: Something in it cannot be honoured; the message names it.
             NotFound: No such model.
         """
+        ...
+
+    async def discard(self, project_id: UUID, prepared: Prepared) -> None:
+        """Take back what was made for a request that came to nothing."""
         ...
 
     def start(self, lease: Lease) -> "asyncio.Future[Ended | None]":

@@ -16,7 +16,7 @@ from openinteractions.api.scope import Caller
 from openinteractions.crypto import Sealer
 from openinteractions.db.engine import LOST, Database
 from openinteractions.db.sealed import interaction_purpose
-from openinteractions.errors import Conflict, Invalid, NotFound, Unready
+from openinteractions.errors import Conflict, Invalid, NotFound, RequestError, Unready
 from openinteractions.events.follow import Hub, Tail
 from openinteractions.events.types import CREATED, IN_PROGRESS, Event, first_seq, join
 from openinteractions.jobs import queue
@@ -193,10 +193,20 @@ async def create_stored(service: Service, caller: Caller, asked: Asked) -> Start
         asked.base_url,
         None if parent is None else parent.earlier,
     )
+    try:
+        return await _created(service, caller, asked, prepared, parent)
+    except (RequestError, store.KeyTaken):
+        await service.runner.discard(caller.project_id, prepared)
+        raise
+
+
+async def _created(
+    service: Service, caller: Caller, asked: Asked, prepared: Prepared, parent: Parent | None
+) -> Started:
     # At the end of its line is where most turns go; who finds that place taken opens a new line.
     for branch in (False, True, True):
         if branch:
-            parent = await _parent(service, caller, request)
+            parent = await _parent(service, caller, asked.request)
         place = _place(parent, branch=branch)
         started = await _try_create(service, caller, asked, prepared, parent, place)
         if started is not None:
@@ -431,9 +441,15 @@ async def _try_create(
         environment_id=prepared.environment_id,
         trace=orjson.dumps(tracing.carrier()).decode(),
         sealed=_sealed(service, caller.project_id, interaction_id, prepared),
+        consents=prepared.consents,
     )
     try:
         created_at = await store.create(service.database, new)
+    except store.ConsentUsed:
+        raise Invalid(
+            "What was approved has been carried out already, by another interaction that continues "
+            f"'{request.previous_interaction_id}'. Continue that one."
+        ) from None
     except LOST:
         created_at = await _find_out(service, new)
     if created_at is None:

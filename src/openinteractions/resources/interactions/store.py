@@ -55,6 +55,17 @@ with parent as (
 select created_at from turn
 """
 
+# A yes that was given before violates the key, and nothing is written.
+_CREATE_CONSENTED = _CREATE.replace(
+    "\nselect created_at from turn\n",
+    """, consent as (
+  insert into consents (interaction_id, call_id, project_id)
+  select $6, call_id, $2 from turn, unnest($37::text[]) as u(call_id)
+)
+select created_at from turn
+""",
+)
+
 _STEPS = """
 select idx, type, media, data from steps
  where project_id = $1 and segment_id = $2 and depth = $3 and idx >= $4
@@ -156,10 +167,16 @@ class NewInteraction:
     """The trace that the run continues: a JSON object, empty where there is none."""
     sealed: bytes | None
     """Secrets of the request, encrypted."""
+    consents: Sequence[str] = ()
+    """Calls of the previous interaction that a human has consented to, by their ids."""
 
 
 class KeyTaken(Exception):
     """Another create has used the same Idempotency-Key in this instant."""
+
+
+class ConsentUsed(Exception):
+    """A call that was consented to has been carried out already."""
 
 
 async def create(database: Database, new: NewInteraction) -> datetime | None:
@@ -169,11 +186,17 @@ async def create(database: Database, new: NewInteraction) -> datetime | None:
 
     Raises:
         KeyTaken: Its Idempotency-Key was used meanwhile.
+        ConsentUsed: One of its consents was.
     """
     try:
         async with database.hot() as connection:
+            if new.consents:
+                values = (*_values(new), list(new.consents))
+                return await connection.fetchval(_CREATE_CONSENTED, *values)
             return await connection.fetchval(_CREATE, *_values(new))
     except asyncpg.UniqueViolationError as error:
+        if getattr(error, "constraint_name", None) == "pk_consents":
+            raise ConsentUsed from error
         raise KeyTaken from error
 
 

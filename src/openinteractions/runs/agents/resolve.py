@@ -127,7 +127,7 @@ def brief(
         is_default=is_default,
         instructions=instructions,
         generation=_generation(base, said),
-        limits={**_limits(config), **request.limits},
+        limits=_tighter(_limits(config), request.limits),
         most={**_builtin_limits(base), **_limits(own)},
         agent=agent.name,
         guided=base.kind == "general",
@@ -170,6 +170,15 @@ def _generation(base: Builtin, said: Mapping[str, Any]) -> Json:
     if "thinking_summaries" in said:
         generation["thinking_summaries"] = said["thinking_summaries"]
     return generation
+
+
+def _tighter(one: Json, other: Json) -> Json:
+    """Both limits at once: the smaller of each, and every tool that either wants asked for."""
+    merged = {**one, **other}
+    for name in one.keys() & other.keys():
+        both = one[name], other[name]
+        merged[name] = [*both[0], *both[1]] if name == "approve" else min(both)
+    return merged
 
 
 def _limits(config: Json) -> Json:
