@@ -277,6 +277,8 @@ class Fetcher:
     ) -> aiohttp.ClientResponse:
         """Any request, without following redirects; the caller reads the answer, and closes it.
 
+        A body comes as it was sent: nothing is decompressed.
+
         Args:
             method: Of HTTP.
             url: Where to.
@@ -298,6 +300,7 @@ class Fetcher:
                 data=body or None,
                 headers=headers,
                 allow_redirects=False,
+                auto_decompress=False,
                 timeout=timeout,
             )
         except (

@@ -209,7 +209,8 @@ def _mcp(settings: Settings, guard: Guard, vault: Vault, stack: AsyncExitStack) 
     # Calls of tools take their time: they are not to hold up everybody's fetches.
     slow = Fetcher(guard, max_bytes=settings.limits.max_fetch_bytes, connections=1000)
     stack.push_async_callback(slow.close)
-    return McpServers(slow, vault)
+    ceiling = settings.sandbox.ceiling
+    return McpServers(slow, vault, ceiling=Reach(ceiling.mode, ceiling.domains))
 
 
 def _reaches(

@@ -218,6 +218,15 @@ class Gate:
         self._do(self._look.execute("select pg_terminate_backend($1)", waiting))
         until(lambda: self._do(self._waiting()) is None)
 
+    @contextmanager
+    def no_beats(self) -> Generator[None]:
+        """Meanwhile no worker can say that it lives, or finds out that it counts as dead."""
+        self._do(self._locks[0].execute("begin; lock table workers in exclusive mode"))
+        try:
+            yield
+        finally:
+            self._do(self._locks[0].execute("commit"))
+
     def end(self) -> None:
         for connection in (*self._locks, self._look):
             self._do(connection.close())

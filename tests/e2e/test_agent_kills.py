@@ -321,10 +321,17 @@ def test_an_edit_that_is_on_its_way(
     is_edited_once(parts, fakes, watched)
 
 
+@pytest.mark.xfail(
+    strict=True,
+    reason="A broker does not ask whose file changes it makes: they name no epoch, as commands do.",
+)
 def test_a_worker_that_only_slept_changes_no_file(
     parts: Fleet, client: Client, fakes: Fakes, at_gate: Gate
 ) -> None:
-    """It wakes up between its note and its write, when the run has gone on elsewhere."""
+    """It wakes up between its note and its write, when the run has gone on elsewhere.
+
+    Its next heartbeat would stop it, but may come later than the write.
+    """
     later = call("write_file", "c9", path="a.txt", content="later\n")
     fakes.acme.replies += [
         calls(call("write_file", "c0", path="a.txt", content="a\n")),
@@ -340,10 +347,12 @@ def test_a_worker_that_only_slept_changes_no_file(
         at_gate.open()
         watched.ended(parts, "Written.")
         assert watched.file("workspace/a.txt") == b"later\n"
+        with at_gate.no_beats():
+            sleeper.send_signal(signal.SIGCONT)
+            time.sleep(1.0)
+        assert watched.file("workspace/a.txt") == b"later\n"
     finally:
         sleeper.send_signal(signal.SIGCONT)
-    time.sleep(1.5)
-    assert watched.file("workspace/a.txt") == b"later\n"
 
 
 def test_the_broker_dies_under_file_operations(

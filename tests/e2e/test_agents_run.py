@@ -465,10 +465,6 @@ WRONG = {
         {"environment": "remote", "agent_config": {"type": "dynamic", "approve": ["nothing"]}},
         "'approve'",
     ),
-    "slip": (
-        {"environment": "remote", "agent_config": {"type": "dynamic", "aprove": ["*"]}},
-        "aprove",
-    ),
 }
 
 
@@ -479,6 +475,15 @@ def test_what_an_agent_cannot_do_is_refused(sandboxes: Server, case: str) -> Non
     status, refused = post(sandboxes, {"agent": AGENT, "input": "x", **config_of, **body})
     assert (status, refused["error"]["code"]) == (400, "invalid_request")
     assert named in refused["error"]["message"]
+
+
+def test_an_option_that_nobody_knows_is_said(sandboxes: Server, fakes: Fakes) -> None:
+    fakes.acme.replies.append(answer("Hello."))
+    slip = {"type": "dynamic", "model": "acme/m", "aprove": ["*"]}
+    asked = {"agent": AGENT, "input": "hi", "environment": "remote", "agent_config": slip}
+    status, done = post(sandboxes, asked)
+    assert (status, done["status"]) == (200, "completed")
+    assert "agent_config.aprove" in [warning["field"] for warning in done["warnings"]]
 
 
 def test_an_agent_that_does_not_exist_is_not_found(sandboxes: Server) -> None:

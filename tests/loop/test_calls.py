@@ -163,6 +163,15 @@ async def test_who_takes_over_is_told_what_was_noted():
     assert results(scene.steps) == [{"about": "this"}]
 
 
+async def test_two_calls_of_one_id_both_run_and_have_their_own_results():
+    same = [ToolCall("c0", "look", {"n": 1}), ToolCall("c0", "look", {"n": 2}), FINISHED]
+    scene = await play(ScriptedModel(same, answer("ok")), box=boxed(Double("look")))
+    assert results(scene.steps) == ["did 1", "did 2"]
+    first, second = (step["id"] for step in scene.steps[:2])
+    assert first == "c0" != second
+    assert [step["call_id"] for step in scene.steps[2:4]] == [first, second]
+
+
 # ---- going in circles
 
 

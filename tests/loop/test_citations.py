@@ -160,9 +160,12 @@ def test_hostile_texts_take_linear_time(piece: str):
         annotations(f"{LINK}{text}", PAGES)
         return time.thread_time() - begin
 
+    def least(size: int) -> float:
+        return min(seconds(size) for _ in range(3))
+
     seconds(1_000)
     # Four times as much in ten times the time: what grows with the square takes sixteen times.
-    assert seconds(160_000) < 10 * max(seconds(40_000), 0.02)
+    assert least(160_000) < 10 * max(least(40_000), 0.02)
 
 
 def test_pages_that_were_read_or_found_are_sources():

@@ -24,6 +24,7 @@ from openinteractions.resources.credentials.service import Vault
 from openinteractions.runs import mcp_client
 from openinteractions.runs.mcp import MAX_TOOLS, McpServers
 from openinteractions.runs.mcp_result import MAX_CHARS
+from openinteractions.sandbox.egress.policy import Reach
 from openinteractions.tools.port import McpServer
 from openinteractions.wire.credentials import parse_create, parse_update
 
@@ -48,7 +49,7 @@ async def fetcher() -> AsyncGenerator[Fetcher]:
 
 @pytest.fixture
 def way(fetcher: Fetcher) -> McpServers:
-    return McpServers(fetcher, NoVault())
+    return McpServers(fetcher, NoVault(), ceiling=Reach())
 
 
 both = pytest.mark.parametrize("fake", ["new", "old"], indirect=True)
@@ -287,7 +288,7 @@ async def stored(database: Database, fetcher: Fetcher) -> AsyncGenerator[Stored]
 
 
 async def test_a_credential_becomes_its_header_and_is_read_anew(stored, fetcher, fake):
-    way = McpServers(fetcher, stored.vault)
+    way = McpServers(fetcher, stored.vault, ceiling=Reach())
     body = {"type": "bearer_token", "id": "c1", "token": "first-token", "header_name": "X-Key"}
     await stored.add({**body, "prefix": ""})
     fake.door.needs = {"x-key": "first-token"}
@@ -315,7 +316,7 @@ async def test_an_oauth_grant_is_refreshed_for_a_call(stored, fetcher, fake):
     endpoint = FakeOAuth(lasts=1)
     async with endpoint.serve():
         await stored.add(endpoint.body(id="o1"))
-        way = McpServers(fetcher, stored.vault)
+        way = McpServers(fetcher, stored.vault, ceiling=Reach())
         await asyncio.sleep(1)
         entries, secrets = await way.prepared(stored.project, [tool(fake, credential="o1")])
         assert entries[0]["tools"]
@@ -326,7 +327,7 @@ async def test_an_oauth_grant_is_refreshed_for_a_call(stored, fetcher, fake):
 
 
 async def test_an_environment_variables_credential_is_refused(stored, fetcher, fake):
-    way = McpServers(fetcher, stored.vault)
+    way = McpServers(fetcher, stored.vault, ceiling=Reach())
     body = {
         "type": "environment_variable",
         "id": "v1",
@@ -340,7 +341,7 @@ async def test_an_environment_variables_credential_is_refused(stored, fetcher, f
 
 
 async def test_a_credential_goes_over_https_only(stored, fetcher):
-    way = McpServers(fetcher, stored.vault)
+    way = McpServers(fetcher, stored.vault, ceiling=Reach())
     await stored.add({"type": "bearer_token", "id": "c1", "token": "first-token"})
     given = {"type": "mcp_server", "name": "docs", "url": "http://example.com/mcp"}
     with pytest.raises(Invalid, match="over https only"):
@@ -349,7 +350,7 @@ async def test_a_credential_goes_over_https_only(stored, fetcher):
 
 async def test_another_projects_credential_does_not_exist(stored, fetcher, fake):
     await stored.add({"type": "bearer_token", "id": "c1", "token": "first-token"})
-    way = McpServers(fetcher, stored.vault)
+    way = McpServers(fetcher, stored.vault, ceiling=Reach())
     with pytest.raises(Invalid, match="not found"):
         await way.prepared(uuid4(), [tool(fake, credential="c1")])
 
@@ -524,7 +525,7 @@ async def test_private_addresses_are_refused(url):
     closed = Fetcher(Guard(), max_bytes=1000)
     try:
         given = {"type": "mcp_server", "name": "docs", "url": url}
-        message = await refusal(McpServers(closed, NoVault()), given)
+        message = await refusal(McpServers(closed, NoVault(), ceiling=Reach()), given)
         assert "not public" in message or "InvalidUrl" in message
         assert "may have" not in message
     finally:
@@ -561,7 +562,7 @@ async def test_proxies_of_the_environment_are_not_used(way, fake, monkeypatch):
 
 async def test_the_way_out_leads_to_the_servers_own_host_only(fetcher, fake):
     access = mcp_client.Access(url=fake.url, headers=HEADERS)
-    way_out = mcp_client._Guarded(access, fetcher, mcp_client._Secrets())
+    way_out = mcp_client._Guarded(access, fetcher, mcp_client._Secrets(access))
     port = fake.url.split(":")[2].partition("/")[0]
     for url in (
         fake.url.replace("127.0.0.1", "127.0.0.2"),

@@ -20,7 +20,7 @@ from openinteractions.errors import LeaseLost, Unready
 from openinteractions.models.port import Json, ToolCall
 from openinteractions.sandbox.port import Exit
 from openinteractions.tools import function
-from openinteractions.tools.hooks import MAX_HOOKS, Hook, hooked, parse
+from openinteractions.tools.hooks import MAX_HOOKS, MAX_RULES, Hook, hooked, parse
 from openinteractions.tools.port import Call, Done
 
 SOURCE = ".agents/hooks.json"
@@ -278,6 +278,21 @@ async def test_what_a_hook_writes_beside_its_answer_does_not_disturb():
     assert "not on Mondays" in result["result"]
 
 
+async def test_a_reason_that_is_no_text_is_none():
+    deep = "[" * 900 + "]" * 900
+    line = f"""echo '{{"decision": "deny", "reason": {deep}}}'"""
+    result, tool, _ = await played(command(line))
+    assert result["result"] == "Denied by a hook: no reason was given."
+    assert tool.calls == []
+
+
+async def test_what_a_sandbox_says_of_a_failure_writes_nothing_into_a_log():
+    said = Done(Exit(outcome="exited", code=0), "{}\n\x1b[2")
+    with capture_logs() as log:
+        await played(http("http://x.example/"), shell=Shell(ended={"7.pre.0": said}))
+    assert log[0]["reason"] == "it was answered with status \\x1b[2"
+
+
 async def test_a_slow_hook_is_ended():
     began = time.monotonic()
     with capture_logs() as log:
@@ -436,7 +451,7 @@ def test_the_whole_form_is_read():
         ('{"a": 1}', 1),
         ('{"a": {"pre_tool_execution": 3}}', 1),
         ('{"a": {"pre_tool_execution": [3, {"matcher": "x"}]}}', 2),
-        ('{"a": {"pre_tool_execution": [{"matcher": "*_file", "hooks": []}]}}', 1),
+        ('{"a": {"pre_tool_execution": [{"matcher": "*_file", "hooks": [1]}]}}', 1),
         ('{"a": {"pre_tool_execution": [{"hooks": [{"type": "magic"}, 1, {}]}]}}', 3),
         ('{"a": {"pre_tool_execution": [{"hooks": [{"type": "command", "command": ""}]}]}}', 1),
         ('{"a": {"pre_tool_execution": [{"hooks": [{"type": "http", "url": "file:///x"}]}]}}', 1),
@@ -465,6 +480,35 @@ def test_there_are_only_so_many():
     found, notes = parse(json.dumps({"a": {"pre_tool_execution": [many]}}), source=SOURCE)
     assert len(found) == MAX_HOOKS
     assert len(notes) == 1
+    rules = [{"hooks": [{"type": "command", "command": "x"}]}] * (MAX_HOOKS + 1)
+    found, notes = parse(json.dumps({"a": {"pre_tool_execution": rules}}), source=SOURCE)
+    assert (len(found), len(notes)) == (MAX_HOOKS, 1)
+    late = {"hooks": [{"type": "command", "command": "x"}]}
+    rules = [*[{"hooks": []}] * MAX_RULES, late]
+    text = json.dumps({"a": {"pre_tool_execution": rules[1:]}})
+    assert len(parse(text, source=SOURCE)[0]) == 1
+    text = json.dumps({"a": {"pre_tool_execution": rules[:60], "post_tool_execution": rules[60:]}})
+    found, notes = parse(text, source=SOURCE)
+    assert (len(found), len(notes)) == (0, 1)
+    assert f"more than {MAX_RULES} rules" in notes[0]
+
+
+def test_there_are_only_so_many_notes():
+    text = json.dumps({f"g{n}": 1 for n in range(500)})
+    assert len(parse(text, source=SOURCE)[1]) == 50
+
+
+def test_a_name_in_a_note_writes_nothing_into_a_log():
+    name = "a\x1b[2J\n\u202e" + "x" * 100
+    rule = {"matcher": "(\x1b", "hooks": [1]}
+    groups = {name: {"pre_tool_execution": [rule]}, f"b{name}": 1}
+    _, notes = parse(json.dumps(groups), source=SOURCE)
+    assert len(notes) == 2
+    assert all(note.isprintable() and len(note) < 200 for note in notes)
+    assert "a\\x1b[2J\\n\\u202ex" in notes[0]
+    rule = {"hooks": [{"type": "command", "command": "x"}]}
+    (hook,), _ = parse(json.dumps({name: {"pre_tool_execution": [rule]}}), source=SOURCE)
+    assert hook.group.isprintable()
 
 
 @pytest.mark.parametrize(
@@ -479,6 +523,10 @@ def test_there_are_only_so_many():
         ("file", []),
         ("(?i)CODE_.*", ["code_execution"]),
         ("^read_file$", ["read_file"]),
+        (r"\w+_(?:file|[x\W])", ["read_file", "write_file"]),
+        (r"[^\d_]+_\bfile", []),
+        (r"[^\d_]+_\Bfile", ["read_file", "write_file"]),
+        (r"(?i:READ)_fil.?|code\_[a-z\S]*", ["read_file", "code_execution"]),
     ],
 )
 def test_a_matcher_is_for_the_whole_name(matcher: str, matching: list[str]):
@@ -488,9 +536,12 @@ def test_a_matcher_is_for_the_whole_name(matcher: str, matching: list[str]):
 
 @pytest.mark.parametrize(
     "matcher",
-    ["*_file", "(", "a)|(b", r"(?=x)x", r"(a)\1", "x" * 201, r"\w{999}{999}", "a{2}" * 4],
+    [
+        *("*_file", "(", "a)|(b", r"(?=x)x", r"(a)\1", "x" * 201, r"\w{999}{999}", "a{2}"),
+        *(r"\pL", r"[\pL]", "[[:word:]]", "(?x)x#", "(?P<a>x)", "[x", "x\\", "é", "x\n"),
+    ],
 )
-def test_what_is_no_expression_of_re2_matches_nothing(matcher: str):
+def test_what_is_no_expression_that_counts_matches_nothing(matcher: str):
     assert not command("x", matcher=matcher).matches("x")
     rule = {"matcher": matcher, "hooks": [{"type": "command", "command": "x"}]}
     found, notes = parse(json.dumps({"a": {"pre_tool_execution": [rule]}}), source=SOURCE)
@@ -501,3 +552,18 @@ def test_an_expression_cannot_take_long():
     began = time.monotonic()
     assert not command("x", matcher="(a|a?)+(a*)*b").matches("a" * 128)
     assert time.monotonic() - began < 1
+
+
+@pytest.mark.parametrize(
+    "piece", ["\\w", "[\\W\\D]", "(?i)[!-~]", "((.*)+)?", "(?:\\pL{60}){6}"], ids=str
+)
+def test_reading_many_expressions_takes_no_time(piece: str):
+    handler = {"type": "command", "command": "x"}
+    rules = [
+        {"matcher": f"{piece * (150 // len(piece))}|a{n}", "hooks": [handler] * (n % 2)}
+        for n in range(400)
+    ]
+    text = json.dumps({"a": {"pre_tool_execution": rules}})
+    began = time.process_time()
+    parse(text, source=SOURCE)
+    assert time.process_time() - began < 0.5

@@ -36,6 +36,7 @@ from referencing.exceptions import Unresolvable
 from referencing.jsonschema import DRAFT202012
 
 from openinteractions.errors import Invalid
+from openinteractions.loop.plain_schema import plain_size
 from openinteractions.models.port import Json
 
 _log = structlog.get_logger(__name__)
@@ -60,7 +61,9 @@ _MAX_SCHEMA_BYTES = 256_000
 _CHECK_STEPS = 50_000
 """For a value; a step is about ten microseconds."""
 _BUILD_STEPS = 200_000
-"""For a schema itself: the meta-schema takes some thirty steps for each of its objects."""
+"""For a schema itself: the meta-schema, where it is asked, takes some thirty for each object."""
+_PLAIN_STEPS = 4
+"""For each object of a schema that is valid at a glance; the walk takes one more."""
 _MAX_DEPTH = 130
 """Of schemas within each other while checking; at most five or six stack frames for each."""
 _PATTERN_CHARS = 500
@@ -101,14 +104,19 @@ def _lower(value: Any) -> Any:  # noqa: ANN401 - any JSON
     return value
 
 
-def require_schema(schema: Json, field: str) -> None:
+def require_schema(schema: Json, field: str, *, steps: int = _BUILD_STEPS) -> None:
     """Refuse a schema that is none, is too large, or refers to what it does not hold.
+
+    Args:
+        schema: What is to be checked.
+        field: Where it stands, for the message.
+        steps: What the check may take; one is about ten microseconds.
 
     Raises:
         Invalid: The message names the field and what is wrong.
     """
     try:
-        _validator(_dumped(schema))
+        _validator(_dumped(schema), steps)
     except _BadSchemaError as error:
         where = "".join(f".{part}" for part in error.path)
         message = str(error)[:_MESSAGE_CHARS]
@@ -422,9 +430,9 @@ def _dumped(schema: Json) -> bytes:
 
 
 @lru_cache(maxsize=32)
-def _validator(schema: bytes) -> _Validator:
+def _validator(schema: bytes, steps: int) -> _Validator:
     document = enforced(orjson.loads(schema))
-    with _budgeted(_Budget(_BUILD_STEPS)):
+    with _budgeted(_Budget(steps)):
         _require_valid(document, ())
         resource = DRAFT202012.create_resource(document)
         try:
@@ -442,6 +450,10 @@ def _validator(schema: bytes) -> _Validator:
 
 
 def _require_valid(document: Any, path: tuple[Any, ...]) -> None:  # noqa: ANN401 - any JSON
+    size = plain_size(document)
+    if size is not None:
+        _spend(_PLAIN_STEPS * size)
+        return
     for error in _META.iter_errors(document):
         raise _BadSchemaError(error.message, (*path, *error.absolute_path))
 
@@ -523,7 +535,7 @@ def mismatch(value: Any, schema: Json) -> str | None:  # noqa: ANN401 - any JSON
     None if it does, and if that is too costly to find out.
     """
     try:
-        error = _validator(_dumped(schema)).first_error(value)
+        error = _validator(_dumped(schema), _BUILD_STEPS).first_error(value)
     except _TooCostlyError:
         _log.warning("schema.too_costly")
         return None

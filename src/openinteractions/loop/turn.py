@@ -130,19 +130,27 @@ class Turn:
             (show or self._show)(*whole_step_events(index, step))
 
     def call_steps(self) -> list[Json]:
-        """The held-back calls as `function_call` steps; a missing id is minted once."""
+        """The held-back calls as `function_call` steps; a missing id is minted once.
+
+        So is one for a call that has another one's: a result names the call that it answers.
+        """
         if not self._call_steps:
+            known: set[str | None] = {None}
+            fresh: list[str] = []
+            for call in self.calls:
+                fresh.append(ids.call_id() if call.id in known else call.id or ids.call_id())
+                known.add(call.id)
             self._call_steps = [
                 self._sealed(
                     {
                         "type": "function_call",
-                        "id": call.id or ids.call_id(),
+                        "id": fresh_id,
                         "name": call.name,
                         "arguments": call.arguments,
                     }
                     | ({"signature": call.signature} if call.signature else {})
                 )
-                for call in self.calls
+                for call, fresh_id in zip(self.calls, fresh, strict=True)
             ]
         return self._call_steps
 

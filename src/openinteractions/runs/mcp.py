@@ -6,24 +6,29 @@ credential's id, a URL's query) is kept apart, sealed, and only meets the spec a
 
 import asyncio
 import base64
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
-from typing import Any, Final, cast
+from typing import Any, Final, TypeAlias, cast
 from urllib.parse import unquote, urlsplit, urlunsplit
 from uuid import UUID
+from weakref import WeakValueDictionary
 
 import orjson
 from mcp import types
+from yarl import URL
 
-from openinteractions.errors import AppError, Invalid
+from openinteractions.errors import AppError, Invalid, Unready
 from openinteractions.loop.structured import enforced, require_schema
+from openinteractions.models.calls import mcp_function
 from openinteractions.models.port import Json
-from openinteractions.netguard import Fetcher
+from openinteractions.netguard import Fetcher, Refused
 from openinteractions.resources.credentials.refresh import Unusable
 from openinteractions.resources.credentials.service import HeaderInjection, Vault
 from openinteractions.runs.mcp_client import CONNECT_S, Access, Server
-from openinteractions.sandbox.egress.policy import is_header_name, is_header_value
+from openinteractions.sandbox.egress import hosts
+from openinteractions.sandbox.egress.policy import Reach, is_header_name, is_header_value
 from openinteractions.tools.port import McpServer
 from openinteractions.wire.credentials import is_private_host
 from openinteractions.wire.explain import shown
@@ -31,17 +36,39 @@ from openinteractions.wire.explain import shown
 KIND: Final = "mcp_server"
 MAX_TOOLS: Final = 128
 MAX_SCHEMA_BYTES: Final = 256 * 1024
+MAX_SERVERS: Final = 16
+_LOOKS: Final = 32
+"""At servers, at once: each may take some tens of megabytes."""
+_LOOKS_OF_PROJECT: Final = 8
+_WAIT_S: Final = 30.0
+_CHECK_S: Final = 1.0
+"""For the schemas of a request; they are checked in a thread, which slows the others down."""
+_SCHEMA_STEPS: Final = 10_000
 _MAX_HEADER_BYTES: Final = 32 * 1024
+_MAX_HEADERS: Final = 64
+_MAX_QUERY_BYTES: Final = 8 * 1024
+_MAX_QUERY_VALUES: Final = 64
 _NAMED: Final = 20
 _OPEN_SCHEMA: Final[Json] = {"type": "object"}
+_Hide: TypeAlias = Callable[[str], str]
 
 
 class McpServers:
     """The way to the MCP servers that requests name."""
 
-    def __init__(self, fetcher: Fetcher, vault: Vault) -> None:
+    def __init__(self, fetcher: Fetcher, vault: Vault, *, ceiling: Reach) -> None:
+        """Nothing is opened.
+
+        Args:
+            fetcher: Makes the requests.
+            vault: Of the credentials that requests name.
+            ceiling: The hosts that the operator lets runs reach.
+        """
         self._fetcher = fetcher
         self._vault = vault
+        self._ceiling = ceiling
+        self._looks = asyncio.Semaphore(_LOOKS)
+        self._looks_of: WeakValueDictionary[UUID, asyncio.Semaphore] = WeakValueDictionary()
 
     async def prepared(
         self, project_id: UUID, tools: Sequence[Json]
@@ -58,9 +85,10 @@ class McpServers:
 
         Raises:
             Invalid: One cannot be used; the message names its place and the cause.
+            Unready: Too many are being looked at.
         """
         places = [place for place, tool in enumerate(tools) if tool["type"] == KIND]
-        _refuse_doubles(tools, places)
+        _refuse_many(tools, places)
         entries: dict[int, Json] = {}
         secrets: Json = {}
         parts = [_parted(tools[place], f"tools[{place}]") for place in places]
@@ -71,13 +99,17 @@ class McpServers:
             ),
             return_exceptions=True,
         )
+        until = time.monotonic() + _CHECK_S
         for place, (entry, secret), found in zip(places, parts, listed, strict=True):
             if isinstance(found, BaseException):
                 raise found
-            allowed = tools[place].get("allowed_tools")
-            entries[place] = {**entry, "tools": _chosen(found, allowed, f"tools[{place}]")}
+            known, hide = found
+            chosen = _chosen(known, tools[place].get("allowed_tools"), f"tools[{place}]")
+            described = await asyncio.to_thread(_described, chosen, hide, until)
+            entries[place] = {**entry, "tools": described}
             if secret:
                 secrets[entry["name"]] = secret
+        _refuse_equal_names(entries)
         return entries, {"mcp": secrets} if secrets else None
 
     @asynccontextmanager
@@ -104,18 +136,36 @@ class McpServers:
 
     async def _listed(
         self, project_id: UUID, entry: Json, secret: Json, where: str
-    ) -> list[types.Tool]:
+    ) -> tuple[list[types.Tool], _Hide]:
+        """The tools of a server, and what takes its secrets out of a text."""
         if "credential" in secret:
             await self._require_credential(project_id, secret, entry["url"], where)
         try:
             async with (
+                self._look(project_id),
                 asyncio.timeout(2 * CONNECT_S),
                 Server(self._access(project_id, entry, secret), self._fetcher) as server,
             ):
-                return await server.tools()
+                return await server.tools(), server.hide
+        except Unready:
+            raise
         except (AppError, TimeoutError) as error:
             cause = error.message if isinstance(error, AppError) else "It is too slow."
             raise Invalid(f"Invalid value at '{where}' ('{entry['name']}'): {cause}") from error
+
+    @asynccontextmanager
+    async def _look(self, project_id: UUID) -> AsyncGenerator[None]:
+        """Wait until it may be looked at one more server."""
+        own = self._looks_of.setdefault(project_id, asyncio.Semaphore(_LOOKS_OF_PROJECT))
+        async with AsyncExitStack() as stack:
+            try:
+                async with asyncio.timeout(_WAIT_S):
+                    await stack.enter_async_context(own)
+                    await stack.enter_async_context(self._looks)
+            except TimeoutError as error:
+                message = "Too many MCP servers are being looked at; try again later."
+                raise Unready(message) from error
+            yield
 
     async def _require_credential(
         self, project_id: UUID, secret: Json, url: str, where: str
@@ -139,7 +189,22 @@ class McpServers:
             url=secret.get("url") or entry["url"],
             headers=secret.get("headers") or {},
             credential=credential,
+            permits=self._require_permitted,
         )
+
+    def _require_permitted(self, url: str) -> None:
+        if self._ceiling.mode == "open":
+            return
+        try:
+            # Read by the library that connects: another reading might see another host.
+            host = hosts.normal(URL(url).host or "")
+        except ValueError:
+            host = None
+        if host is None or not self._ceiling.permits(host):
+            raise Refused(
+                f"{host or 'its host'} is not among the hosts that this server lets runs reach; "
+                "only its operator can change that (setting sandbox.ceiling)."
+            )
 
     async def _header(self, project_id: UUID, credential_id: str) -> tuple[str, str]:
         """The header that a credential stands for, as of now.
@@ -161,13 +226,31 @@ class McpServers:
         return found.header_name, found.value
 
 
-def _refuse_doubles(tools: Sequence[Json], places: Sequence[int]) -> None:
+def _refuse_many(tools: Sequence[Json], places: Sequence[int]) -> None:
+    """Refuse too many servers, and two of one name."""
+    if len(places) > MAX_SERVERS:
+        raise Invalid(f"Invalid value at 'tools': more than {MAX_SERVERS} MCP servers.")
     names: set[str] = set()
     for place in places:
         name = tools[place]["name"]
         if name in names:
             raise Invalid(f"Duplicate MCP server name '{name}' at 'tools[{place}]'.")
         names.add(name)
+
+
+def _refuse_equal_names(entries: Mapping[int, Json]) -> None:
+    """Refuse two tools that a model could not tell apart."""
+    names: dict[str, str] = {}
+    for place, entry in entries.items():
+        for tool in entry["tools"]:
+            name = mcp_function(entry["name"], tool["name"])
+            about = f"'{shown(tool['name'])}' of '{entry['name']}'"
+            if name in names:
+                raise Invalid(
+                    f"Invalid value at 'tools[{place}]': the tools {names[name]} and {about} are "
+                    f"both '{name}' to the model; leave one out with 'allowed_tools'."
+                )
+            names[name] = about
 
 
 def _parted(tool: Json, where: str) -> tuple[Json, Json]:
@@ -186,6 +269,12 @@ def _parted(tool: Json, where: str) -> tuple[Json, Json]:
         pair = base64.b64encode(unquote(userinfo).encode()).decode()
         headers["Authorization"] = f"Basic {pair}"
     _require_headers(headers, f"{where}.headers")
+    is_long = len(parts.query.encode()) > _MAX_QUERY_BYTES
+    if is_long or parts.query.count("&") >= _MAX_QUERY_VALUES:
+        raise Invalid(
+            f"Invalid value at '{where}.url': its query has more than {_MAX_QUERY_BYTES} bytes or "
+            f"{_MAX_QUERY_VALUES} values."
+        )
     secret: Json = {}
     if headers:
         secret["headers"] = headers
@@ -198,6 +287,8 @@ def _parted(tool: Json, where: str) -> tuple[Json, Json]:
 
 
 def _require_headers(headers: Mapping[str, str], where: str) -> None:
+    if len(headers) > _MAX_HEADERS:
+        raise Invalid(f"Invalid value at '{where}': more than {_MAX_HEADERS} headers.")
     if sum(len(name) + len(value) for name, value in headers.items()) > _MAX_HEADER_BYTES:
         raise Invalid(f"Invalid value at '{where}': more than {_MAX_HEADER_BYTES} bytes.")
     for name, value in headers.items():
@@ -207,18 +298,31 @@ def _require_headers(headers: Mapping[str, str], where: str) -> None:
             raise Invalid(f"Invalid value at '{where}.{name}': an HTTP header cannot carry it.")
 
 
-def _chosen(tools: Sequence[types.Tool], allowed: Any, where: str) -> list[Json]:  # noqa: ANN401
-    """The tools that the request allows, as an entry of `own_tools` holds them."""
+def _chosen(
+    tools: Sequence[types.Tool],
+    allowed: Any,  # noqa: ANN401
+    where: str,
+) -> list[types.Tool]:
+    """The tools that the request allows; nothing of them has been looked at yet but their size."""
     known = {tool.name: tool for tool in tools}
-    names = _allowed(known, allowed, f"{where}.allowed_tools")
-    chosen = [_described(known[name]) for name in names]
-    if len(chosen) > MAX_TOOLS or len(orjson.dumps(chosen)) > MAX_SCHEMA_BYTES:
+    chosen = [known[name] for name in _allowed(known, allowed, f"{where}.allowed_tools")]
+    if len(chosen) > MAX_TOOLS or sum(map(_size, chosen)) > MAX_SCHEMA_BYTES:
         raise Invalid(
             f"Invalid value at '{where}': the server's {len(chosen)} tools are more than "
             f"{MAX_TOOLS}, or their descriptions more than {MAX_SCHEMA_BYTES} bytes; choose some "
             "with 'allowed_tools'."
         )
     return chosen
+
+
+def _size(tool: types.Tool) -> int:
+    """Bytes of what an entry of `own_tools` may hold of it."""
+    try:
+        schema = len(orjson.dumps(tool.input_schema))
+    except orjson.JSONEncodeError:
+        # Nobody can follow it; an open one takes its place.
+        schema = len(str(_OPEN_SCHEMA))
+    return schema + len(orjson.dumps([tool.name, tool.description, tool.title]))
 
 
 def _allowed(known: Mapping[str, types.Tool], allowed: Any, where: str) -> list[str]:  # noqa: ANN401
@@ -258,21 +362,37 @@ def _named(
     return item.get("tools", list(known)), mode != "none"
 
 
-def _described(tool: types.Tool) -> Json:
-    parameters: Json = enforced(tool.input_schema)
-    try:
-        require_schema(parameters, tool.name)
-    except Invalid:
-        # The server checks what it is sent; its other tools are as good as ever.
-        parameters = _OPEN_SCHEMA
-    described: Json = {
-        "name": tool.name,
-        "description": tool.description or tool.title or "",
-        "parameters": parameters,
-    }
-    hints = tool.annotations
-    if hints is not None and hints.read_only_hint:
-        described["is_pure"] = True
-    elif hints is not None and hints.idempotent_hint:
-        described["is_repeatable"] = True
+def _described(tools: Sequence[types.Tool], hide: _Hide, until: float) -> list[Json]:
+    """The tools as an entry of `own_tools` holds them.
+
+    Args:
+        tools: As the server described them.
+        hide: Takes secrets out of a text.
+        until: Of `time.monotonic`. The schemas of the tools that are left then are not checked,
+            nor asked for: the server checks what it is sent.
+    """
+    described: list[Json] = []
+    for tool in tools:
+        is_late = time.monotonic() > until
+        found: Json = {
+            "name": tool.name,
+            "description": hide(tool.description or tool.title or ""),
+            "parameters": _OPEN_SCHEMA if is_late else _parameters(tool, hide),
+        }
+        hints = tool.annotations
+        if hints is not None and hints.read_only_hint:
+            found["is_pure"] = True
+        elif hints is not None and hints.idempotent_hint:
+            found["is_repeatable"] = True
+        described.append(found)
     return described
+
+
+def _parameters(tool: types.Tool, hide: _Hide) -> Json:
+    try:
+        parameters: Json = orjson.loads(hide(orjson.dumps(enforced(tool.input_schema)).decode()))
+        require_schema(parameters, tool.name, steps=_SCHEMA_STEPS)
+    except (Invalid, orjson.JSONEncodeError, ValueError, RecursionError):
+        # Its other tools are as good as ever.
+        return _OPEN_SCHEMA
+    return parameters

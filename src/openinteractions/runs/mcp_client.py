@@ -6,13 +6,15 @@ one call, down there, is told by the call's `_Attempt`, which travels in the con
 """
 
 import asyncio
+import base64
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from types import TracebackType
-from typing import Annotated, Final, Self, TypeAlias, TypeVar, cast
+from typing import Annotated, Any, Final, Self, TypeAlias, TypeVar, cast
+from urllib.parse import quote, quote_plus, unquote, unquote_plus, urlsplit
 
 import aiohttp
 import httpx2
@@ -33,14 +35,21 @@ _GRACE_S: Final = 10.0
 _SILENCE_S: Final = 600.0
 """Of a connection; how long a call may take is the call's own matter."""
 _MAX_ANSWER_BYTES: Final = 16 * 2**20
+"""Of one call, in all."""
+_MAX_LISTING_BYTES: Final = 2 * 2**20
+"""Of a connect, or of all pages of a list. The SDK makes ten to thirty times as much of it."""
 _MAX_PAGES: Final = 50
+_MAX_LISTED: Final = 500
 _MAX_MESSAGE_CHARS: Final = 500
-_MIN_SECRET_CHARS: Final = 8
+_MIN_SECRET_CHARS: Final = 6
+"""Shorter values are words of all texts."""
 _Answer: TypeAlias = types.CallToolResult | types.InputRequiredResult
 _ANSWER: Final[TypeAdapter[_Answer]] = TypeAdapter(
     Annotated[_Answer, Field(union_mode="left_to_right")]
 )
 _MAYBE: Final = " The call may have taken effect."
+_REFUSALS: Final = frozenset({types.INVALID_PARAMS, types.METHOD_NOT_FOUND, types.HEADER_MISMATCH})
+"""What a server says before it does anything; of other errors nobody knows."""
 _VAGUE: Final = frozenset({"Server returned an error response", "Session terminated", "Not Found"})
 """What the SDK says where the server said nothing of use."""
 # They belong to one connection, or aiohttp writes them itself.
@@ -64,20 +73,27 @@ class Access:
     headers: Mapping[str, str] = field(repr=False)
     credential: Callable[[], Awaitable[tuple[str, str]]] | None = None
     """Gives a header's name and value; asked at every request; raises AppError."""
+    permits: Callable[[str], None] = field(default=lambda _url: None, repr=False)
+    """Called with the URL of every request; refuses by raising Refused."""
 
 
 @dataclass(slots=True)
 class _Attempt:
     """What became of the requests of one call, or of a connect."""
 
+    most: int
+    """Bytes that all their answers may have."""
+    got: int = 0
     cause: str | None = None
     """Why the last of them has no answer, or why that broke off."""
     status: int = 0
     """Of the last answer that was an error's."""
     is_sent: bool = False
     """The server may have seen one of them."""
+    is_taken: bool = False
+    """The server has begun to answer the call itself with a success."""
     is_unknown: bool = False
-    """The server does not know our session: it did nothing."""
+    """The server refused the call itself since it does not know our session: it did nothing."""
 
 
 _attempt: ContextVar[_Attempt | None] = ContextVar("mcp_attempt", default=None)
@@ -89,7 +105,7 @@ class Server:
     def __init__(self, access: Access, fetcher: Fetcher) -> None:
         self._access = access
         self._fetcher = fetcher
-        self._secrets = _Secrets()
+        self._secrets = _Secrets(access)
         self._session: _Session | None = None
         self._opened: list[_Session] = []
         self._opening = asyncio.Lock()
@@ -112,7 +128,9 @@ class Server:
             Invalid: There is no result; the message says why, and whether it may have acted.
         """
         result = await self._ask(
-            lambda client: _called(client, tool, arguments, timeout_s=timeout_s), timeout_s
+            lambda client: _called(client, tool, arguments, timeout_s=timeout_s),
+            timeout_s,
+            most=_MAX_ANSWER_BYTES,
         )
         if isinstance(result, types.InputRequiredResult):
             raise Invalid("The tool asks for input from a person, which it cannot get here.")
@@ -124,14 +142,18 @@ class Server:
         Raises:
             Invalid: They cannot be had; the message says why.
         """
-        return await self._ask(_listed, CONNECT_S)
+        return await self._ask(_listed, CONNECT_S, most=_MAX_LISTING_BYTES)
 
-    async def _ask(self, ask: Callable[[Client], Awaitable[T]], timeout_s: float) -> T:
+    def hide(self, text: str) -> str:
+        """A text without what the server was shown."""
+        return self._secrets.hide(text)
+
+    async def _ask(self, ask: Callable[[Client], Awaitable[T]], timeout_s: float, most: int) -> T:
         """Ask; once more over a new session where nothing has come of it."""
         is_again = False
         while True:
             client = await self._client()
-            attempt = _Attempt()
+            attempt = _Attempt(most)
             token = _attempt.set(attempt)
             try:
                 async with asyncio.timeout(timeout_s + _GRACE_S):
@@ -173,7 +195,8 @@ def _explanation(error: BaseException, attempt: _Attempt, timeout_s: float) -> s
     if attempt.status and attempt.cause is None:
         said = error.message if isinstance(error, MCPError) else ""
         why = "" if said in _VAGUE else f" {said[:_MAX_MESSAGE_CHARS]}"
-        maybe = _MAYBE if attempt.status >= HTTPStatus.INTERNAL_SERVER_ERROR else ""
+        is_vague = attempt.is_taken or attempt.status >= HTTPStatus.INTERNAL_SERVER_ERROR
+        maybe = _MAYBE if is_vague else ""
         return f"The MCP server answered {_named(attempt.status)}.{why}{maybe}"
     code = error.code if isinstance(error, MCPError) else None
     if attempt.cause is not None:
@@ -183,7 +206,8 @@ def _explanation(error: BaseException, attempt: _Attempt, timeout_s: float) -> s
     elif code == types.CONNECTION_CLOSED:
         what = "The MCP server broke off without an answer."
     elif isinstance(error, MCPError):
-        return f"The MCP server refused: {error.message[:_MAX_MESSAGE_CHARS]}"
+        maybe = _MAYBE if attempt.is_taken and code not in _REFUSALS else ""
+        return f"The MCP server refused: {error.message[:_MAX_MESSAGE_CHARS]}{maybe}"
     else:
         what = "The MCP server's answer makes no sense."
     return what + _MAYBE if attempt.is_sent else what
@@ -207,7 +231,11 @@ async def _called(client: Client, tool: str, arguments: Json, *, timeout_s: floa
         if error.code != types.HEADER_MISMATCH:
             raise
     # The server wants some arguments in headers too; its list says which.
+    attempt = _attempt.get()
+    assert attempt is not None
+    call, attempt.most, attempt.got = (attempt.most, attempt.got), _MAX_LISTING_BYTES, 0
     await _listed(client)
+    attempt.most, attempt.got = call
     return await session.send_request(request, _ANSWER, request_read_timeout_seconds=timeout_s)
 
 
@@ -218,6 +246,8 @@ async def _listed(client: Client) -> list[types.Tool]:
         params = types.PaginatedRequestParams(cursor=cursor)
         page = await client.session.list_tools(params=params)
         found += page.tools
+        if len(found) > _MAX_LISTED:
+            raise MCPError(types.INVALID_REQUEST, f"it lists more than {_MAX_LISTED} tools.")
         cursor = page.next_cursor
         if cursor is None:
             return found
@@ -238,7 +268,7 @@ class _Session:
     def __init__(self, url: str, transport: "_Guarded") -> None:
         self._url = url
         self._transport = transport
-        self._attempt = _Attempt()
+        self._attempt = _Attempt(_MAX_LISTING_BYTES)
         loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[Client] = loop.create_future()
         # Who waited for it may be gone: then nobody asks how it ended.
@@ -317,13 +347,14 @@ class _Guarded(httpx2.AsyncBaseTransport):
         self._secrets = secrets
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        attempt = _attempt.get() or _Attempt()
+        attempt = _attempt.get() or _Attempt(_MAX_ANSWER_BYTES)
         if request.method == "GET" and "last-event-id" not in request.headers:
             # A connection per session, for messages that nobody would read.
             return httpx2.Response(405)
         attempt.cause, attempt.status, was_sent = None, 0, attempt.is_sent
         try:
             self._require_own(request.url)
+            self._access.permits(str(request.url))
             body, headers = await request.aread(), await self._headers(request)
             attempt.is_sent = True
             answer = await self._fetcher.request(
@@ -342,8 +373,17 @@ class _Guarded(httpx2.AsyncBaseTransport):
     ) -> httpx2.Response:
         if answer.status >= HTTPStatus.BAD_REQUEST:
             attempt.status = answer.status
+        # Nothing else tells what became of the call: not that its answer cannot be resumed, nor
+        # that a session is unknown by the time the call is cancelled.
+        if _is_call(request):
+            attempt.is_taken |= answer.status < HTTPStatus.MULTIPLE_CHOICES
+            is_unknown = answer.status == HTTPStatus.NOT_FOUND
             has_session = "mcp-session-id" in request.headers
-            attempt.is_unknown |= answer.status == HTTPStatus.NOT_FOUND and has_session
+            attempt.is_unknown = is_unknown and has_session and not attempt.is_taken
+        if answer.headers.get("content-encoding", "identity").strip().lower() != "identity":
+            answer.close()
+            attempt.cause = "its answer is compressed, which was not asked for."
+            return _refusal(HTTPStatus.BAD_GATEWAY, attempt.cause)
         headers = [
             (name, value)
             for name, value in answer.headers.items()
@@ -367,8 +407,6 @@ class _Guarded(httpx2.AsyncBaseTransport):
         """The protocol's own headers over those of the request and the credential."""
         found = httpx2.Headers({"User-Agent": f"openinteractions/{__version__}"})
         found.update(dict(self._access.headers))
-        for value in self._access.headers.values():
-            self._secrets.add(value)
         if self._access.credential is not None:
             name, value = await self._access.credential()
             self._secrets.add(value)
@@ -376,6 +414,8 @@ class _Guarded(httpx2.AsyncBaseTransport):
         for name, value in request.headers.items():
             if name not in _NOT_PASSED_ON and name != "user-agent":
                 found[name] = value
+        # A small body could become a large one.
+        found["Accept-Encoding"] = "identity"
         return dict(found)
 
 
@@ -387,12 +427,12 @@ class _Body(httpx2.AsyncByteStream):
         self._attempt = attempt
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        size = 0
+        attempt = self._attempt
         try:
             async for piece in self._answer.content.iter_any():
-                size += len(piece)
-                if size > _MAX_ANSWER_BYTES:
-                    raise self._broken(f"its answer is larger than {_MAX_ANSWER_BYTES} bytes.")
+                attempt.got += len(piece)
+                if attempt.got > attempt.most:
+                    raise self._broken(f"its answer is larger than {attempt.most} bytes.")
                 yield piece
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
             raise self._broken(f"its answer broke off ({type(error).__name__}).") from error
@@ -411,20 +451,57 @@ def _refusal(status: int, message: str) -> httpx2.Response:
     return httpx2.Response(status, headers={"content-type": "application/json"}, content=body)
 
 
+def _is_call(request: httpx2.Request) -> bool:
+    """Whether it is the one that carries a call."""
+    if request.method != "POST":
+        return False
+    message: Any = orjson.loads(request.content)
+    return isinstance(message, dict) and cast("Json", message).get("method") == "tools/call"
+
+
 class _Secrets:
     """What a server was shown, which its answers are not to repeat."""
 
-    def __init__(self) -> None:
+    def __init__(self, access: Access) -> None:
         self._known: set[str] = set()
+        for value in access.headers.values():
+            self.add(value)
+        self._add_query(urlsplit(access.url).query)
+        # As it is sent: a library may spell it in another way.
+        self._add_query(httpx2.URL(access.url).query.decode())
 
     def add(self, value: str) -> None:
-        """Of `Bearer abc`, also `abc` is a secret."""
-        for text in (value, value.partition(" ")[2].strip()):
-            if len(text) >= _MIN_SECRET_CHARS:
-                self._known.add(text)
+        """Of `Bearer abc`, also `abc` is a secret; of `Basic`, the password."""
+        kind, _, rest = value.partition(" ")
+        self._add(value, rest.strip())
+        if kind.lower() == "basic":
+            pair = _decoded(rest.strip())
+            self._add(pair, pair.partition(":")[2])
 
     def hide(self, text: str) -> str:
         """A text without them."""
         for secret in sorted(self._known, key=len, reverse=True):
             text = text.replace(secret, "[redacted]")
         return text
+
+    def _add(self, *texts: str) -> None:
+        for text in texts:
+            if len(text) >= _MIN_SECRET_CHARS:
+                # Also as it stands within JSON.
+                self._known |= {text, orjson.dumps(text).decode()[1:-1]}
+
+    def _add_query(self, query: str) -> None:
+        """All of it, and each value, however it is spelled."""
+        self._add(query, unquote(query), unquote_plus(query))
+        for part in query.split("&"):
+            name, _, given = part.partition("=")
+            value = given or name
+            for plain in (unquote(value), unquote_plus(value)):
+                self._add(value, plain, quote(plain, safe=""), quote_plus(plain))
+
+
+def _decoded(text: str) -> str:
+    try:
+        return base64.b64decode(text).decode()
+    except ValueError:
+        return ""

@@ -83,6 +83,8 @@ async def drive(house: House, stored: StoredRun) -> Ended:
         CancelledError: The process stops; the run goes on elsewhere.
     """
     row = stored.interaction
+    # So that whatever its tools log can be found by it.
+    structlog.contextvars.bind_contextvars(interaction_id=row.id.hex)
     with tracing.span(
         "interaction",
         parent=stored.trace,

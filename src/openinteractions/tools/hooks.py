@@ -7,8 +7,10 @@ execution instead of starting it again, so there is nothing to note. A hook that
 """
 
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Annotated, Any, Final, Literal, TypeAlias
 
 import orjson
@@ -29,17 +31,40 @@ DEFAULT_TIMEOUT_S: Final = 30.0
 MAX_TIMEOUT_S: Final = 300.0
 MAX_HOOKS: Final = 32
 """Of one environment; what is beyond is left out, and noted."""
+MAX_RULES: Final = 64
+"""Of one file, likewise."""
 
 _EVENTS: Mapping[str, Event] = {"pre_tool_execution": "pre", "post_tool_execution": "post"}
 _MAX_MATCHER_CHARS: Final = 200
-_MAX_COUNTED: Final = 3
+_MAX_NOTES: Final = 50
+_MAX_GROUP_CHARS: Final = 64
 _MAX_ERROR_CHARS: Final = 8_000
+_MAX_REASON_CHARS: Final = 300
 _MAX_PAYLOAD_BYTES: Final = 2**20
 _MAX_REPLY_BYTES: Final = 64 * 1024
 _CHUNK_CHARS: Final = 96 * 1024
 """The kernel takes at most 128 KiB as one argument of a command."""
 _EXEMPT: Final = frozenset({"mcp_server_tool_call", "tool_search_call"})
 """Calls of these never reach the sandbox."""
+
+# What an expression may be made of: nothing that is costly to compile, so no repetition with a
+# count and no class of Unicode; `\w` is ASCII, as RE2 has it.
+_TOKEN: Final = re.compile(
+    r"\\[dDwWsSbB]|\\[!-/:-@\[-`{-~]"
+    r"|\[\^?(?:[^\[\]\\]|\\[dDwWsS]|\\[!-/:-@\[-`{-~])+\]"
+    r"|\((?:\?i\)|\?i?:|(?!\?))|[^\[\]{}\\(]"
+)
+_CLASSES: Final = {
+    r"\d": "[0-9]",
+    r"\D": "[^0-9]",
+    r"\w": "[0-9A-Za-z_]",
+    r"\W": "[^0-9A-Za-z_]",
+    r"\s": r"[\t\n\f\r ]",
+    r"\S": r"[^\t\n\f\r ]",
+    r"\b": r"(?-u:\b)",
+    r"\B": r"(?-u:\B)",
+}
+_ESCAPED: Final = re.compile(r"\\.")
 
 # $1 arguments are the handler's command; what follows them is its standard input, in pieces.
 _FEED = 'run=("${@:2:$1}"); printf %s "${@:$1+2}" | "${run[@]}" 2>/dev/null'
@@ -53,7 +78,7 @@ class Hook:
     group: str
     """The name that hooks.json gives it, for logs."""
     matcher: str
-    """An RE2 expression for a tool's whole name; "" and "*" mean every tool."""
+    """An expression for a tool's whole name, a part of RE2; "" and "*" mean every tool."""
     type: Literal["command", "http"]
     target: str
     """The command line, or the URL."""
@@ -118,10 +143,10 @@ def parse(text: str, *, source: str) -> tuple[list[Hook], list[str]]:
         source: Its path, for the notes.
     """
     notes: list[str] = []
-    found = list(_parsed(text, source, notes))
+    found = list(islice(_parsed(text, source, notes), MAX_HOOKS + 1))
     if len(found) > MAX_HOOKS:
-        notes.append(f"{source}: more than {MAX_HOOKS} hooks; the others are left out.")
-    return found[:MAX_HOOKS], notes
+        notes.insert(0, f"{source}: more than {MAX_HOOKS} hooks; the others are left out.")
+    return found[:MAX_HOOKS], notes[:_MAX_NOTES]
 
 
 def _parsed(text: str, source: str, notes: list[str]) -> Iterator[Hook]:
@@ -130,8 +155,20 @@ def _parsed(text: str, source: str, notes: list[str]) -> Iterator[Hook]:
     except (orjson.JSONDecodeError, ValidationError):
         notes.append(f"{source}: not a JSON object; no hooks are read from it.")
         return
+    rules = list(islice(_rules(groups, source, notes), MAX_RULES + 1))
+    if len(rules) > MAX_RULES:
+        notes.insert(0, f"{source}: more than {MAX_RULES} rules; the others are left out.")
+    for rule, event, name, where in rules[:MAX_RULES]:
+        yield from _of_rule(rule, event, name, where, notes)
+
+
+def _rules(
+    groups: dict[str, Any], source: str, notes: list[str]
+) -> Iterator[tuple[Any, Event, str, str]]:
+    """Every rule with its event, its group's name, and where it is."""
     for name, value in groups.items():
-        where = f"{source}: group {name[:64]!r}"
+        shown = harmless(name, _MAX_GROUP_CHARS)
+        where = f"{source}: group '{shown}'"
         try:
             group = _Group.model_validate(value)
         except ValidationError:
@@ -140,7 +177,7 @@ def _parsed(text: str, source: str, notes: list[str]) -> Iterator[Hook]:
         if group.enabled:
             for key, event in _EVENTS.items():
                 for rule in getattr(group, key):
-                    yield from _of_rule(rule, event, name[:64], f"{where}, {key}", notes)
+                    yield rule, event, shown, f"{where}, {key}"
 
 
 def _of_rule(value: Any, event: Event, group: str, where: str, notes: list[str]) -> Iterator[Hook]:  # noqa: ANN401 - JSON
@@ -149,10 +186,12 @@ def _of_rule(value: Any, event: Event, group: str, where: str, notes: list[str])
     except ValidationError:
         notes.append(f"{where}: a rule is not understood; left out.")
         return
-    if _compiled(rule.matcher) is None:
-        notes.append(f"{where}: the matcher {rule.matcher!r} is no usable expression; left out.")
+    if rule.hooks and _compiled(rule.matcher) is None:
+        matcher = harmless(rule.matcher, _MAX_MATCHER_CHARS)
+        notes.append(f"{where}: the matcher '{matcher}' is no usable expression; left out.")
         return
-    for entry in rule.hooks:
+    # One more than count: whether there are too many is for the caller to see.
+    for entry in rule.hooks[: MAX_HOOKS + 1]:
         try:
             handler = _HANDLER.validate_python(entry)
         except ValidationError:
@@ -179,16 +218,34 @@ def _compiled(matcher: str) -> Callable[[str], bool] | None:
     """
     if matcher in ("", "*"):
         return lambda _: True
-    # Nested counts multiply while an expression is compiled.
-    if len(matcher) > _MAX_MATCHER_CHARS or matcher.count("{") > _MAX_COUNTED:
+    plain = _plain(matcher)
+    if plain is None:
         return None
     try:
-        for pattern in (matcher, rf"\A(?:{matcher})\z"):
-            schema = core_schema.str_schema(pattern=pattern, regex_engine="rust-regex")
-            validator = SchemaValidator(schema)
+        schema = core_schema.str_schema(pattern=rf"\A(?:{plain})\z", regex_engine="rust-regex")
+        return SchemaValidator(schema).isinstance_python
     except SchemaError:
         return None
-    return validator.isinstance_python
+
+
+def _plain(matcher: str) -> str | None:
+    """The expression with ASCII classes; None if it is more than those may be that come here."""
+    if len(matcher) > _MAX_MATCHER_CHARS or not (matcher.isascii() and matcher.isprintable()):
+        return None
+    parts: list[str] = []
+    at = depth = 0
+    while at < len(matcher):
+        token = _TOKEN.match(matcher, at)
+        if token is None:
+            return None
+        found, at = token[0], token.end()
+        # Else `a)|(b` would close the group that stands for the whole name.
+        depth += found in ("(", "(?:", "(?i:")
+        depth -= found == ")"
+        if depth < 0:
+            return None
+        parts.append(_ESCAPED.sub(lambda escape: _CLASSES.get(escape[0], escape[0]), found))
+    return "".join(parts)
 
 
 def _predicate(matcher: str) -> Callable[[str], bool]:
@@ -268,7 +325,9 @@ class _Hooked:
         for number, hook in self._of("pre"):
             reply = await self._ask(hook, _key(call.key, number, hook), payload)
             if reply.get("decision") == "deny":
-                reason = str(reply.get("reason") or "no reason was given.")
+                said = reply.get("reason")
+                # Whatever else it is, `str` may not come to an end with it.
+                reason = said if isinstance(said, str) and said else "no reason was given."
                 return self._tool.failure(f"Denied by a hook: {reason[:_MAX_ERROR_CHARS]}")
         result = await self._tool.run(call)
         if result.get("is_error"):
@@ -295,7 +354,11 @@ class _Hooked:
         except (RequestError, SandboxError) as error:
             why = error.message
         _log.warning(
-            "hook.failed", group=hook.group, event_name=hook.event, tool=self._name, reason=why
+            "hook.failed",
+            group=hook.group,
+            event_name=hook.event,
+            tool=self._name,
+            reason=harmless(why, _MAX_REASON_CHARS),
         )
         return {}
 
@@ -313,6 +376,12 @@ class _Hooked:
             max_output_bytes=_MAX_REPLY_BYTES,
         )
         return _decision(hook, done)
+
+
+def harmless(text: str, most: int) -> str:
+    """A sandbox's text for a log: bounded, and what does not print is escaped."""
+    cut = text if len(text) <= most else f"{text[: most - 1]}…"
+    return "".join(c if c.isprintable() else c.encode("unicode-escape").decode() for c in cut)
 
 
 class _Failed(Exception):

@@ -10,9 +10,11 @@ from openinteractions.wire.fields import (
     BY_SHAPE,
     BY_TYPE,
     LOWER,
+    REPLAYED,
     REQUEST,
     Count,
     Duration,
+    Json,
     Name,
     Positive,
     fold,
@@ -300,9 +302,9 @@ class CodeMenderConfig(TypedDict, total=False):
     fix_request: dict[str, Any]
 
 
-@with_config(REQUEST)
+@with_config(REPLAYED)
 class DynamicConfig(TypedDict, total=False):
-    """Options of any agent. What this server does not know is refused, not ignored."""
+    """Options of any agent, free in form; what this server does not know, it says (`warnings`)."""
 
     type: Required[Annotated[Literal["dynamic"], LOWER]]
     model: Name
@@ -325,3 +327,12 @@ AgentConfig: TypeAlias = Annotated[
     | Annotated[DynamicConfig, Tag("dynamic")],
     BY_TYPE,
 ]
+
+
+def unknown_options(config: Json) -> list[str]:
+    """Keys of a `dynamic` configuration that mean nothing to this server."""
+    return sorted(config.keys() - DynamicConfig.__annotations__.keys() - _OF_OTHERS)
+
+
+_OF_OTHERS = {"visualization", "enable_bigquery_tool"}
+"""Options of other types that hold in a `dynamic` one too."""

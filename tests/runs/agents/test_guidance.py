@@ -1,6 +1,7 @@
 """AGENTS.md, skills and hooks, read from an environment that may hold anything."""
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +16,7 @@ from openinteractions.sandbox.port import Entry
 from openinteractions.tools.hooks import Hook
 
 SKILL = "---\nname: {0}\ndescription: What {0} is for.\n---\n# Body\n"
+BOTH = (".agents", "workspace/.agents")
 HOOKS = {"gate": {"pre_tool_execution": [{"hooks": [{"type": "command", "command": "gate"}]}]}}
 
 
@@ -160,6 +162,77 @@ async def test_values_that_yaml_takes_for_something_else_stay_text():
     text = "---\nname: on\ndescription: 2026-02-30\nversion: !!int x\n---\n"
     found = await read(place({".agents/skills/s/SKILL.md": text}))
     assert [(skill.name, skill.description) for skill in found.skills] == [("on", "2026-02-30")]
+
+
+@pytest.mark.parametrize(
+    ("written", "read_as"),
+    [
+        ("Use it when: x # why", "Use it when: x"),
+        ("a#b http://x/y", "a#b http://x/y"),
+        ("plain\n  goes on\n\n  # why\n  here", "plain goes on here"),
+        ("\n  below # why", "below"),
+        ("|\n  one\n    # two\n\n  name: three", "one # two name: three"),
+        (">-  # why\n  one\n  two", "one two"),
+        ("|2+\n  one", "one"),
+        ("'it''s: x # y' # why", "it's: x # y"),
+        (r'"a \"b\" \u00e9\x41 \ud83d\ude00 \\ \n\U0001f600" # why', 'a "b" éA 😀 \\ 😀'),
+        (r'"a \ud800 \Uffffffff"', "a \ufffd \U0010ffff"),
+        ('"two\n  lines"', "two lines"),
+    ],
+)
+async def test_texts_are_read_as_yaml_reads_them(written: str, read_as: str):
+    more = "# comment\nmetadata:\n  name: no\nlist:\n- description: no\n  name: no\n"
+    text = f'---\n{more}"name": n\ndescription: {written}\n{more}---\n'
+    found = await read(place({".agents/skills/s/SKILL.md": text}))
+    assert [(skill.name, skill.description) for skill in found.skills] == [("n", read_as)]
+    orjson.dumps(found.skills[0].description)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        *("[a]", "{a: b}", "&a x", "*a", "!!str x", "| x", "'a' b", '"a', "'a", '"a\\"'),
+        *("\n  - x", "\n  a: b", "\n- x\n  y", "", "# why", "\nmore"),
+    ],
+)
+async def test_what_is_no_text_describes_nothing(written: str):
+    text = f"---\nname: n\ndescription: {written}\n---\n"
+    assert (await read(place({".agents/skills/s/SKILL.md": text}))).skills == ()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "&a " + "[" * 3500, "[ " * 2000 + "]" * 2000, "{a: " * 1900, 'name: "' + "\\" * 7001,
+        "name: '" + "'" * 7000, "name: 'x'" + " " * 7000 + "y", "name: " + " #" * 3500,
+        "name:" + " " * 7000 + "x", "name: |" + " " * 7000 + "x", "a" * 7900, "\n" * 7900,
+        "name: x\n" + "---" + " " * 7000 + "x", "? " * 3500,
+    ],
+    ids=range(13),
+)  # fmt: skip
+async def test_no_front_matter_takes_long(body: str):
+    files = {f".agents/skills/s{n}/SKILL.md": f"---\n{body}\n---\n" for n in range(10)}
+    began = time.process_time()
+    assert (await read(place(files))).skills == ()
+    assert time.process_time() - began < 0.2
+
+
+async def test_notes_write_nothing_into_a_log():
+    folder = "a\x1b[2J\n\u202e" + "x" * 600
+    found = await read(place({f".agents/skills/{folder}/SKILL.md": "x"}))
+    (note,) = found.notes
+    assert note.isprintable()
+    assert note.startswith(r".agents/skills/a\x1b[2J\n\u202exxx")
+    assert len(note) < 600
+
+
+async def test_folders_without_a_skill_count_too():
+    files = {f"{top}/skills/s{n:03}/SKILL.md": "x" for n in range(90) for top in BOTH}
+    many = place(files)
+    found = await read(many)
+    assert found.skills == ()
+    assert many.requests < 120
+    assert sum(note.startswith("Only 100 folders") for note in found.notes) == 1
 
 
 async def test_a_description_is_one_visible_line():

@@ -11,12 +11,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
-import yaml
-
 from openinteractions.errors import NotFound, RequestError, Unready
 from openinteractions.sandbox.port import MOUNTS, SandboxError
 from openinteractions.tools import hooks
-from openinteractions.tools.hooks import Hook
+from openinteractions.tools.hooks import Hook, harmless
 from openinteractions.tools.port import Workplace
 
 T = TypeVar("T")
@@ -31,13 +29,26 @@ _INSTRUCTIONS: Final = (
     "workspace/AGENTS.md",
 )
 _AGENTS_FOLDERS: Final = (".agents", "workspace/.agents")
-_MAX_SKILL_FOLDERS: Final = 200
+_MAX_SKILL_FOLDERS: Final = 100
+"""Looked into, in all: also one without a skill costs a request."""
 _FRONT_MATTER_BYTES: Final = 8 * 1024
 _FRONT_MATTER: Final = re.compile(r"\A---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 _MAX_NAME_CHARS: Final = 100
 _MAX_DESCRIPTION_CHARS: Final = 1024
 _MAX_NOTES: Final = 50
+_MAX_NOTE_CHARS: Final = 500
 _WAITS_S: Final = (0.5, 2.0)
+_KEY: Final = re.compile(r"""(["']?)([\w-]+)\1[ \t]*:(?=[ \t]|$)""")
+_BLOCK: Final = re.compile(r"[|>][-+1-9]{0,2}[ \t]*(?:#.*)?$")
+_NESTED: Final = re.compile(r"""-(?:\s|$)|["']?[\w-]+["']?[ \t]*:(?:\s|$)""")
+_COMMENT: Final = re.compile(r"(?:^|[ \t])#.*", re.MULTILINE)
+_DOUBLE_QUOTED: Final = re.compile(r'"((?:[^"\\]|\\.)*)"\s*(?:#.*)?', re.DOTALL)
+_SINGLE_QUOTED: Final = re.compile(r"'((?:[^']|'')*)'\s*(?:#.*)?", re.DOTALL)
+_ESCAPE: Final = re.compile(
+    r"\\(?:x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8})|(.))", re.DOTALL
+)
+_NO_TEXT: Final = tuple("[]{}&*!|>%@`,")
+"""What a plain text cannot begin with: it is a list, an alias, a tag, …"""
 _UNSEEN: Final = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]"
 )
@@ -103,7 +114,7 @@ async def read(place: Workplace, *, waits_s: Sequence[float] = _WAITS_S) -> Guid
         instructions=instructions,
         skills=skills,
         hooks=found,
-        notes=tuple(reader.notes[:_MAX_NOTES]),
+        notes=tuple(harmless(note, _MAX_NOTE_CHARS) for note in reader.notes[:_MAX_NOTES]),
     )
 
 
@@ -138,14 +149,16 @@ class _Reader:
 
     async def skills(self) -> tuple[Skill, ...]:
         found: dict[str, Skill] = {}
-        for folder in _AGENTS_FOLDERS:
-            for path in await self._folders(f"{folder}/skills"):
-                if len(found) == MAX_SKILLS:
-                    self.notes.append(f"Only the first {MAX_SKILLS} skills are listed.")
-                    return tuple(found.values())
-                skill = await self._skill(f"{path}/SKILL.md")
-                if skill is not None and found.setdefault(skill.name, skill) is not skill:
-                    self.notes.append(f"{path}: there is a skill {skill.name!r} already; left out.")
+        paths = [path for each in _AGENTS_FOLDERS for path in await self._folders(f"{each}/skills")]
+        if len(paths) > _MAX_SKILL_FOLDERS:
+            self.notes.append(f"Only {_MAX_SKILL_FOLDERS} folders of skills are looked into.")
+        for path in paths[:_MAX_SKILL_FOLDERS]:
+            if len(found) == MAX_SKILLS:
+                self.notes.append(f"Only the first {MAX_SKILLS} skills are listed.")
+                break
+            skill = await self._skill(f"{path}/SKILL.md")
+            if skill is not None and found.setdefault(skill.name, skill) is not skill:
+                self.notes.append(f"{path}: there is a skill {skill.name!r} already; left out.")
         return tuple(found.values())
 
     async def _folders(self, path: str) -> list[str]:
@@ -162,8 +175,8 @@ class _Reader:
         if text is None:
             return None
         fields = _front_matter(text)
-        name = _line(fields.get("name"), _MAX_NAME_CHARS)
-        description = _line(fields.get("description"), _MAX_DESCRIPTION_CHARS)
+        name = _line(fields.get("name", ""), _MAX_NAME_CHARS)
+        description = _line(fields.get("description", ""), _MAX_DESCRIPTION_CHARS)
         if not name or not description:
             self.notes.append(
                 f"{path}: no YAML front matter with a name and a description; left out."
@@ -213,23 +226,66 @@ async def _patiently(ask: Callable[[], Awaitable[T]], waits_s: Sequence[float]) 
     return await ask()
 
 
-def _front_matter(text: str) -> dict[str, Any]:
-    """The mapping at a file's beginning; empty if there is none that can be read."""
+def _front_matter(text: str) -> dict[str, str]:
+    """The texts of the flat mapping at a file's beginning; empty if there is none.
+
+    No parser of YAML: whoever may write the file could keep one busy for long, and all that is
+    wanted are `key: text` lines with YAML's ways to write a text.
+    """
     block = _FRONT_MATTER.match(text)
     if block is None:
         return {}
-    try:
-        # Knows no tags and takes every scalar for a string: `name: on` stays "on".
-        found: object = yaml.load(block[1], Loader=yaml.BaseLoader)  # noqa: S506 - makes no objects
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return {}
-    return dict(found) if isinstance(found, dict) else {}  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType] - YAML
+    fields: dict[str, list[str]] = {}
+    # Lines before the first key belong to nothing.
+    lines: list[str] = []
+    for line in block[1].splitlines():
+        key = _KEY.match(line)
+        if key is not None:
+            lines = fields[key[2]] = [line[key.end() :]]
+        elif not line or line[0] in " \t":
+            lines.append(line)
+        elif not line.startswith("#"):
+            lines = []
+    return {key: _scalar(lines) for key, lines in fields.items()}
 
 
-def _line(value: object, most: int) -> str:
-    """Text in one line, without what a reader would not see."""
-    if not isinstance(value, str):
+def _scalar(lines: Sequence[str]) -> str:
+    """A text, which may go on in the lines below its key; empty if it is something else.
+
+    Line ends are not folded: they are only a space in the end.
+    """
+    first = lines[0].strip()
+    if _BLOCK.fullmatch(first):
+        return "\n".join(lines[1:])
+    text = "\n".join(line.strip() for line in lines).strip()
+    if text.startswith('"'):
+        quoted = _DOUBLE_QUOTED.fullmatch(text)
+        return "" if quoted is None else _unescaped(quoted[1])
+    if text.startswith("'"):
+        quoted = _SINGLE_QUOTED.fullmatch(text)
+        return "" if quoted is None else quoted[1].replace("''", "'")
+    if text.startswith(_NO_TEXT) or (not first and _NESTED.match(text)):
         return ""
+    return _COMMENT.sub("", text)
+
+
+def _unescaped(text: str) -> str:
+    """What a text in double quotes says."""
+
+    def one(escape: re.Match[str]) -> str:
+        *codes, other = escape.groups()
+        digits = next(filter(None, codes), None)
+        if digits is None:
+            return {"n": "\n", "t": "\t", "r": "\r"}.get(other, other)
+        return chr(min(int(digits, 16), 0x10FFFF))
+
+    # JSON writes some characters as two, which are none on their own.
+    units = _ESCAPE.sub(one, text).encode("utf-16", errors="surrogatepass")
+    return units.decode("utf-16", errors="replace")
+
+
+def _line(value: str, most: int) -> str:
+    """Text in one line, without what a reader would not see."""
     return " ".join(_UNSEEN.sub("", value).split())[:most].strip()
 
 

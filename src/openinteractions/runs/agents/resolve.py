@@ -13,6 +13,7 @@ from openinteractions.runs.agents import builtin, prompt
 from openinteractions.runs.agents.builtin import Builtin
 from openinteractions.runs.brief import Brief, Situation
 from openinteractions.wire.create import CreateInteraction
+from openinteractions.wire.options import unknown_options
 
 _LIMITS: Final = ("max_total_tokens", "max_cost_usd", "max_steps", "max_seconds", "approve")
 _BRIEF_BELOW_TOKENS: Final = 16_000
@@ -191,7 +192,11 @@ def _builtin_limits(base: Builtin) -> Json:
 
 
 def _warnings(said: Mapping[str, Any]) -> list[Warning]:
-    if said.get("visualization") != "auto":
-        return []
-    message = "Charts are shown as images in the results of code_execution, not in the report."
-    return [Warning("downgraded", "agent_config.visualization", message)]
+    unknown = "This server knows no such option: it was ignored."
+    warnings = [
+        Warning("ignored", f"agent_config.{name}", unknown) for name in unknown_options(dict(said))
+    ]
+    if said.get("visualization") == "auto":
+        message = "Charts are shown as images in the results of code_execution, not in the report."
+        warnings.append(Warning("downgraded", "agent_config.visualization", message))
+    return warnings
