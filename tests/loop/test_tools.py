@@ -151,6 +151,30 @@ async def test_open_figures_are_images():
     assert [key for key, _, _ in bench.executed] == ["1", "1.figures"]
 
 
+@pytest.mark.parametrize(
+    "junk",
+    [
+        "iVBOR", "iVBORw0KGgo=!", "iVBORw0KGA==", "iVBORw0KGgoé", "/9j/4AAQSkZJRg==",
+        "iVBORw0KGgo" + "A" * 4 * 2**20 + "=",
+    ],
+    ids=["magic", "no base64", "no PNG", "no ASCII", "JPEG", "too large"],
+)  # fmt: skip
+async def test_what_is_no_figure_is_left_out(junk):
+    bench = Bench([done("drawn"), done(f"{junk}\n{PNG} {junk}\n")])
+    scene = await play(
+        ScriptedModel([runs("plt.x"), FINISHED], answer("ok")), bench=bench, own_tools=CODE
+    )
+    assert [block["type"] for block in scene.steps[1]["result"]] == ["text", "image"]
+
+
+async def test_there_are_only_so_many_figures():
+    bench = Bench([done(), done(f"{PNG}\n" * 100_000)])
+    scene = await play(
+        ScriptedModel([runs("plt.x"), FINISHED], answer("ok")), bench=bench, own_tools=CODE
+    )
+    assert len(scene.steps[1]["result"]) == 4
+
+
 def in_order(count: int) -> str:
     return "".join(f"line {number}\n" for number in range(count))
 

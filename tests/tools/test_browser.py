@@ -472,10 +472,13 @@ def done(text: str, **end: Any) -> Done:
         ("Traceback\nOSError: no", {"code": 1}, "driver failed in the sandbox: Traceback"),
         ("", {}, "driver failed"),
         ("[1]", {}, "driver failed"),
+        ('{"text": 1}', {}, "driver failed"),
+        ('{"text": ' + "[" * 1000 + "]" * 1000 + "}", {}, "driver failed"),
+        ("[" * 100_000, {}, "driver failed"),
         ("", {"outcome": "unknown"}, "Outcome unknown"),
         ("", {"outcome": "killed", "timed_out": True}, "took too long"),
     ],
-    ids=["traceback", "nothing", "no_object", "unknown", "late"],
+    ids=["traceback", "nothing", "no_object", "number", "deep", "too_deep", "unknown", "late"],
 )
 def test_what_is_no_answer_is_a_failure(text: str, end: dict[str, Any], shown: str):
     step = Browser(None)._result(done(text, **end))
@@ -491,11 +494,12 @@ JPEG = base64.b64encode(b"\xff\xd8\xff" + bytes(100)).decode()
     [
         {"data": base64.b64encode(b"<svg>").decode()},
         {"data": JPEG + "!"},
+        {"data": JPEG + "é"},
         {"data": base64.b64encode(b"\xff\xd8\xff" + bytes(2_000_000)).decode()},
         {"data": 7},
         "x",
     ],
-    ids=["svg", "no_base64", "too_large", "number", "string"],
+    ids=["svg", "no_base64", "no_ascii", "too_large", "number", "string"],
 )
 def test_what_is_no_picture_is_not_passed_on(image: Any):
     answer = {"text": "t" * 50_000, "image": image}

@@ -1,5 +1,6 @@
 """Edits: the right place, or none; everything else stays as it is."""
 
+import asyncio
 import time
 
 import pytest
@@ -29,6 +30,24 @@ async def no_edit(data: bytes | str, old: str, new: str, **more: object) -> str:
     assert place.files == {"workspace/a": before}
     assert place.changes == []
     return said
+
+
+async def test_a_large_edit_does_not_stop_the_loop():
+    longest = 0.0
+
+    async def watch() -> None:
+        nonlocal longest
+        while True:
+            began = time.perf_counter()
+            await asyncio.sleep(0.005)
+            longest = max(longest, time.perf_counter() - began)
+
+    watching = asyncio.ensure_future(watch())
+    data, said = await edit("X" + "\n" * 3_000_000, "X", "Y" + "a\n" * 6_000_000)
+    watching.cancel()
+    assert len(data) == 15_000_001
+    assert "more lines]" in said
+    assert longest < 0.25
 
 
 # ---- what is found

@@ -451,7 +451,8 @@ class Run:
         return self.spec.agent is not None and is_silent and self.state.repairs < _MAX_REPAIRS
 
     async def _judge_calls(self, turn: Turn) -> Outcome | None:
-        declared = [*self.spec.tools, *self._tools.declarations()]
+        # One that was loaded in an earlier interaction may be called too: the model has seen it.
+        declared = [*self.spec.tools, *self._declared()]
         functions = {tool["name"]: tool for tool in declared if tool["type"] == "function"}
         problems = [self._problem(call, functions) for call in turn.calls]
         if any(problems) and self.state.repairs < _MAX_REPAIRS:

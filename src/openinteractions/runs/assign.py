@@ -72,6 +72,10 @@ class Assigned:
         """The names of this server's tools, as the model calls them."""
         return [each["name"] for each in toolbox(self.own, Means()).declarations()]
 
+    def all_names(self) -> list[str]:
+        """Those of the caller's functions and the vendor's tools as well."""
+        return [*self.names(), *(tool.get("name", tool["type"]) for tool in self.passed)]
+
 
 def assign(
     tools: Sequence[Json],

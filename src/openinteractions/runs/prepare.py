@@ -80,7 +80,7 @@ async def prepare(request: CreateInteraction, brief: Brief, around: Surroundings
     spec = RunSpec(
         chain=chain,
         system=brief.instructions(
-            Situation(tools=tools.names(), context_tokens=target.context_tokens)
+            Situation(tools=tools.all_names(), context_tokens=target.context_tokens)
         ),
         tools=tools.passed,
         own_tools=tools.own,

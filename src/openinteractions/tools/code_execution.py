@@ -4,7 +4,11 @@ Python keeps its variables from call to call, and shows the figures that it leav
 is keyed (ruling R5): a run that is taken over waits for the execution that it finds.
 """
 
+import asyncio
+import base64
+import re
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 from openinteractions.errors import RequestError, Unready
@@ -19,6 +23,11 @@ TIMEOUT_S = 600.0
 _MAX_ARGUMENT_BYTES = 100 * 1024
 """The kernel takes at most 128 KiB as one argument of a command."""
 _MAX_FIGURES_BYTES = 8 * 2**20
+_MAX_FIGURES = 4
+_MAX_FIGURE_CHARS = 4 * 2**20
+"""Of base64."""
+_PNG = b"\x89PNG\r\n\x1a\n"
+_WORD = re.compile(r"\S+")
 _SESSION = "main"
 _COMMANDS: Mapping[str, tuple[str, ...]] = {
     "bash": ("/bin/bash", "-c"),
@@ -161,11 +170,32 @@ class CodeExecution:
         )
         if drawn.exit.code != 0 or drawn.exit.truncated:
             return []
-        return [
-            {"type": "image", "mime_type": "image/png", "data": line}
-            for line in drawn.text.split()
-            if line.startswith("iVBOR")
-        ]
+        return await asyncio.to_thread(_images, drawn.text)
+
+
+def _images(text: str) -> list[Json]:
+    """The first words that are PNG files in base64, as image blocks.
+
+    They come from a sandbox, where any code may print into them.
+    """
+    found = (
+        word[0]
+        for word in _WORD.finditer(text)
+        if word.end() - word.start() <= _MAX_FIGURE_CHARS and _is_png(word[0])
+    )
+    return [
+        {"type": "image", "mime_type": "image/png", "data": data}
+        for data in islice(found, _MAX_FIGURES)
+    ]
+
+
+def _is_png(data: str) -> bool:
+    if not data.startswith("iVBOR"):
+        return False
+    try:
+        return base64.b64decode(data, validate=True).startswith(_PNG)
+    except ValueError:
+        return False
 
 
 def _figures_of(key: str) -> str:

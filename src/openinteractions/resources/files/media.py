@@ -38,14 +38,22 @@ def blocks(step: Json) -> Iterator[Json]:
 
 
 def take_out(step: Json) -> tuple[Json, list[Blob]]:
-    """A copy of the step without its large media, and those media."""
+    """A copy of the step without its large media, and those media.
+
+    What is no base64 becomes a text that says so: a tool's result is worth more than an error.
+    """
     if not any(_is_large(block) for block in blocks(step)):
         return step, []
     copy: Json = orjson.loads(orjson.dumps(step))
     taken: list[Blob] = []
     for block in blocks(copy):
         if _is_large(block):
-            data = base64.b64decode(block.pop("data"))
+            try:
+                data = base64.b64decode(block["data"], validate=True)
+            except ValueError:
+                _explain(block)
+                continue
+            del block["data"]
             blob = Blob(
                 hashlib.sha256(data).digest(),
                 block.get("mime_type", "application/octet-stream"),
@@ -54,6 +62,13 @@ def take_out(step: Json) -> tuple[Json, list[Blob]]:
             block["blob"] = blob.sha256.hex()
             taken.append(blob)
     return copy, taken
+
+
+def _explain(block: Json) -> None:
+    """Put a text in the place of a block whose data cannot be read."""
+    kind = block.get("type")
+    block.clear()
+    block |= {"type": "text", "text": f"[{kind} left out: its data was not base64.]"}
 
 
 def keep_by_uri(content: Json, base_url: str) -> tuple[Json, Blob]:

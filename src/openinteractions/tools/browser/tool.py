@@ -6,7 +6,6 @@ the browser say, but for one bounded line of JSON.
 """
 
 import base64
-import binascii
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -194,10 +193,11 @@ class Browser:
         if done.exit.timed_out or done.exit.outcome == "killed":
             return self.failure("The action was stopped: it took too long. Try another way.")
         answer = _parsed(done.text)
-        if answer is None:
+        found = None if answer is None else answer.get("text")
+        if answer is None or not isinstance(found, str):
             said = done.text.strip()[-500:]
             return self.failure(f"The browser's driver failed in the sandbox: {said}")
-        text, is_error = str(answer.get("text"))[:MAX_TEXT], bool(answer.get("is_error"))
+        text, is_error = found[:MAX_TEXT], bool(answer.get("is_error"))
         image = _image(answer.get("image"))
         if image is None:
             return function.result_step(NAME, text, is_error=is_error)
@@ -223,6 +223,6 @@ def _image(found: object) -> Json | None:
         return None
     try:
         is_jpeg = base64.b64decode(data, validate=True).startswith(_JPEG)
-    except binascii.Error:
+    except ValueError:
         return None
     return {"type": "image", "mime_type": "image/jpeg", "data": data} if is_jpeg else None

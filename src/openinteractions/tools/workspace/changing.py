@@ -108,18 +108,19 @@ async def edit_file(place: Workplace, call: Call) -> str:
     if (said := await _earlier(place, call, path)) is not None:
         return said
     data = await _editable(place, path, is_new=not old)
-    edited = await asyncio.to_thread(
-        edits.replace,
-        data.decode(errors="surrogateescape"),
-        old,
-        new,
-        replace_all=bool(arguments.get("replace_all")),
-    )
-    after = edited.text.encode(errors="surrogateescape")
-    said = f"Edited {path.shown}: {edited.report()}"
+    replace_all = bool(arguments.get("replace_all"))
+    after, report = await asyncio.to_thread(_edited, data, old, new, replace_all=replace_all)
+    said = f"Edited {path.shown}: {report}"
     await _begin(call, before=_hash(data), after=_hash(after), said=said)
     await _tried(place.write(path.stored, after), path)
     return said
+
+
+def _edited(data: bytes, old: str, new: str, *, replace_all: bool) -> tuple[bytes, str]:
+    """A file after an edit, and what was done."""
+    text = data.decode(errors="surrogateescape")
+    edited = edits.replace(text, old, new, replace_all=replace_all)
+    return edited.text.encode(errors="surrogateescape"), edited.report()
 
 
 async def _editable(place: Workplace, path: Path, *, is_new: bool) -> bytes:
