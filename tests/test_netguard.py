@@ -1,6 +1,10 @@
 """No spelling of a private address gets through, at the first try or behind a redirect."""
 # ruff: noqa: RUF001 - confusable characters are the point
 
+import asyncio
+import socket
+import threading
+import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from ipaddress import ip_network
@@ -177,6 +181,27 @@ async def test_a_caller_may_refuse_a_url_and_what_a_redirect_leads_to(site: Site
         await allowed.fetch(f"{base}/big", max_bytes=10_000)
 
 
+async def test_a_caller_may_let_an_answer_wait_for_room(site: Site, allowed: Fetcher):
+    url = f"http://127.0.0.1:{site.port}/to?u=/big"
+    sizes: list[int] = []
+    room = asyncio.Event()
+
+    async def grows(size: int) -> None:
+        sizes.append(size)
+        await room.wait()
+
+    fetching = asyncio.ensure_future(allowed.fetch(url, max_bytes=10**6, grows=grows))
+    with pytest.raises(Invalid, match="larger than 4000"):
+        await fetching
+    assert all(size <= 4000 for size in sizes)
+    sizes.clear()
+    fetching = asyncio.ensure_future(allowed.fetch(url.replace("big", "x"), grows=grows))
+    done, _ = await asyncio.wait([fetching], timeout=0.2)
+    assert (done, sizes) == (set(), [6])
+    room.set()
+    assert (await fetching).data == b"secret"
+
+
 async def test_a_form_is_sent_once_and_its_answer_is_bounded(site: Site, allowed: Fetcher):
     base = f"http://127.0.0.1:{site.port}"
     got = await allowed.post_form(f"{base}/x", {"a": "b c"}, {}, max_bytes=6)
@@ -281,3 +306,50 @@ def test_an_address_of_this_machine_is_not_public(monkeypatch):
 def test_this_machine_knows_its_own_addresses():
     assert netguard._is_own("127.0.0.1")
     assert not netguard._is_own("8.8.8.8")
+
+
+async def test_slow_names_keep_nobody_else(site: Site, allowed: Fetcher, monkeypatch):
+    real, over = socket.getaddrinfo, threading.Event()
+
+    def slow(host, *rest, **more):
+        if "tarpit" in str(host):
+            over.wait(20)
+            raise socket.gaierror("no")
+        return real(host, *rest, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    monkeypatch.setattr(netguard, "_LOOKUP_S", 1.0)
+    urls = [f"http://{n}.tarpit.example/?secret" for n in range(netguard._LOOKUP_THREADS + 10)]
+    began = time.monotonic()
+    fetches = [asyncio.ensure_future(allowed.fetch(url)) for url in urls]
+    await asyncio.sleep(0.1)
+    await asyncio.to_thread(int)
+    assert time.monotonic() - began < 0.8
+    ended = await asyncio.gather(*fetches, return_exceptions=True)
+    assert time.monotonic() - began < 5
+    assert {type(each) for each in ended} == {Unreachable}
+    assert "'3.tarpit.example' could not be looked up within 1 seconds" in str(ended[3])
+    # Those that waited are gone; the others leave when their look-up does.
+    with pytest.raises(Unreachable, match="could not be looked up"):
+        await allowed.request("POST", urls[0], b"", {}, silence_s=5)
+    over.set()
+    assert (await allowed.fetch(f"http://localhost:{site.port}/x")).data == b"secret"
+
+
+async def test_closing_ends_the_threads_that_look_up(site: Site):
+    fetcher = Fetcher(Guard([ip_network("127.0.0.0/8"), ip_network("::1/128")]), max_bytes=4000)
+    await fetcher.fetch(f"http://localhost:{site.port}/x")
+    mine = [each for each in threading.enumerate() if each.name.startswith("fetch-dns")]
+    assert mine
+    await fetcher.close()
+    for thread in mine:
+        await asyncio.to_thread(thread.join, 5)
+        assert not thread.is_alive()
+    await fetcher.close()
+
+
+def test_an_address_keeps_its_interface():
+    entry = (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("fe80::1", 80, 0, 3))
+    assert netguard._resolved("x.example", 80, entry)["host"] == "fe80::1%3"
+    entry = (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", 80, 0, 0))
+    assert netguard._resolved("x.example", 80, entry)["host"] == "::1"

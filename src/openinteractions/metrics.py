@@ -97,7 +97,6 @@ event_flush_seconds = Histogram(
     buckets=_SECONDS,
     registry=REGISTRY,
 )
-streams_open = Gauge("oi_streams_open", "Event streams being read here.", registry=REGISTRY)
 deliveries = Counter(
     "oi_webhook_deliveries", "Tries to deliver a callback.", ["outcome"], registry=REGISTRY
 )

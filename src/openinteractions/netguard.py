@@ -5,10 +5,12 @@ public or in a range that the operator allowed. The connection goes to the very 
 checked, so a name that changes its mind in between gains nothing.
 """
 
+import asyncio
 import base64
 import functools
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from ipaddress import (
@@ -23,11 +25,12 @@ from urllib.parse import urlencode, urljoin, urlsplit
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
-from aiohttp.resolver import ThreadedResolver
 
 from openinteractions.errors import Invalid
 
 _MAX_REDIRECTS = 5
+_LOOKUP_S = 5.0
+_LOOKUP_THREADS = 64
 _TIMEOUT = aiohttp.ClientTimeout(total=60, sock_connect=10, sock_read=20)
 _STREAM_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=30)
 _CALLBACK_TIMEOUT = aiohttp.ClientTimeout(total=15, sock_connect=5)
@@ -116,23 +119,56 @@ def _embedded(ip: IPv6Address) -> IPv4Address | IPv6Address:
 
 
 class _GuardedResolver(AbstractResolver):
-    """Resolves names, and refuses those that lead to an address the guard does not permit."""
+    """Resolves names, and refuses those that lead to an address the guard does not permit.
+
+    In threads of its own: names that are slow on purpose keep no other work of this process.
+    """
 
     def __init__(self, guard: Guard) -> None:
         self._guard = guard
-        self._inner = ThreadedResolver()
+        self._threads = ThreadPoolExecutor(_LOOKUP_THREADS, thread_name_prefix="fetch-dns")
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
-        found = await self._inner.resolve(host, port, family)
-        for entry in found:
+        look_up = functools.partial(
+            socket.getaddrinfo,
+            host,
+            port,
+            family=family,
+            type=socket.SOCK_STREAM,
+            flags=socket.AI_ADDRCONFIG,
+        )
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(_LOOKUP_S):
+                found = await loop.run_in_executor(None, look_up)
+        except TimeoutError as error:
+            raise Unreachable(
+                f"The name '{host}' could not be looked up within {_LOOKUP_S:g} seconds."
+            ) from error
+        addresses = [_resolved(host, port, entry) for entry in found]
+        for entry in addresses:
             if not self._guard.permits(entry["host"]):
                 raise Refused(f"The host '{host}' leads to an address that is not public.")
-        return found
+        return addresses
 
     async def close(self) -> None:
-        await self._inner.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _resolved(host: str, port: int, entry: Any) -> ResolveResult:  # noqa: ANN401 - getaddrinfo's
+    family, _, protocol, _, (address, _, *rest) = entry
+    # An address of one link only means something with its interface.
+    scope = rest[1] if len(rest) > 1 else 0
+    return ResolveResult(
+        hostname=host,
+        host=f"{address}%{scope}" if scope and "%" not in address else address,
+        port=port,
+        family=family,
+        proto=protocol,
+        flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +202,7 @@ class Fetcher:
         self.max_bytes = max_bytes
         """Largest file, and most that one interaction fetches in all."""
         self._connections = connections
+        self._resolver: _GuardedResolver | None = None
         self._session: aiohttp.ClientSession | None = None
 
     async def fetch(
@@ -175,6 +212,7 @@ class Fetcher:
         permits: Callable[[str], None] | None = None,
         headers: Mapping[str, str] | None = None,
         max_bytes: int | None = None,
+        grows: Callable[[int], Awaitable[None]] | None = None,
     ) -> Fetched:
         """GET a URL.
 
@@ -184,6 +222,8 @@ class Fetcher:
                 there; refuses by raising.
             headers: Sent there, and wherever a redirect leads.
             max_bytes: Largest answer, if less than the fetcher's own limit.
+            grows: Awaited with the size that the answer is about to have, again and again: it may
+                wait until there is room for so much.
 
         Raises:
             Refused: It leads to an address that is not public.
@@ -202,7 +242,7 @@ class Fetcher:
                     if response.status in _REDIRECTS and target:
                         url = urljoin(url, target)
                         continue
-                    return await self._read(response, url, max_bytes)
+                    return await self._read(response, url, max_bytes, grows)
             except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
                 raise _explained(error, url) from error
         raise Invalid(f"Cannot fetch '{_shown(url)}': too many redirects.")
@@ -316,14 +356,17 @@ class Fetcher:
             raise _explained(error, url) from error
 
     async def close(self) -> None:
-        """Close the connections."""
+        """Close the connections; a look-up that still goes on ends by itself."""
         if self._session is not None:
             await self._session.close()
+        if self._resolver is not None:
+            await self._resolver.close()
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
+            self._resolver = _GuardedResolver(self._guard)
             connector = aiohttp.TCPConnector(
-                resolver=_GuardedResolver(self._guard),
+                resolver=self._resolver,
                 socket_factory=self._socket,
                 use_dns_cache=False,
                 limit=self._connections,
@@ -358,11 +401,15 @@ class Fetcher:
             raise Refused(f"The host '{host}' is an address that is not public.")
 
     async def _read(
-        self, response: aiohttp.ClientResponse, url: str, max_bytes: int | None
+        self,
+        response: aiohttp.ClientResponse,
+        url: str,
+        max_bytes: int | None,
+        grows: Callable[[int], Awaitable[None]] | None,
     ) -> Fetched:
         _require_ok(response, url)
         most = self.max_bytes if max_bytes is None else min(max_bytes, self.max_bytes)
-        data = await _bounded(response, url, most)
+        data = await _bounded(response, url, most, grows)
         return Fetched(response.content_type, data, url, response.charset)
 
 
@@ -386,12 +433,20 @@ async def _pieces(
         raise _explained(error, url) from error
 
 
-async def _bounded(response: aiohttp.ClientResponse, url: str, max_bytes: int) -> bytes:
+async def _bounded(
+    response: aiohttp.ClientResponse,
+    url: str,
+    max_bytes: int,
+    grows: Callable[[int], Awaitable[None]] | None = None,
+) -> bytes:
     data = bytearray()
     async for chunk in response.content.iter_chunked(64 * 1024):
-        data += chunk
-        if len(data) > max_bytes:
+        size = len(data) + len(chunk)
+        if size > max_bytes:
             raise Invalid(f"Cannot fetch '{_shown(url)}': it is larger than {max_bytes} bytes.")
+        if grows is not None:
+            await grows(size)
+        data += chunk
     return bytes(data)
 
 

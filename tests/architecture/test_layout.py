@@ -1,5 +1,6 @@
 """The shape of the code base: size, direction, and documents that keep up with it."""
 
+import ast
 import json
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from openinteractions import errors
+from openinteractions.sandbox import pipe, shipped
 from openinteractions.settings import Settings
+from openinteractions.tools.browser import tool
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src/openinteractions"
@@ -53,6 +56,30 @@ def test_late_packages_join_their_contracts(name):
     ]
     contracts = config["tool"]["importlinter"]["contracts"]
     assert any(f"openinteractions.{name}" in contract.get(field, []) for contract in contracts)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"openinteractions.sandbox.{name}" for name in (*pipe._MODULES, "supervisor.notebook")],
+        [f"openinteractions.tools.browser.inside.{name}" for name in tool._MODULES],
+    ],
+    ids=["supervisor", "browser"],
+)
+def test_what_runs_in_a_sandbox_needs_only_python(names: list[str]):
+    for place, name in enumerate(names):
+        for imported in imports(shipped.text(name)):
+            is_sent = any(earlier.startswith(imported) for earlier in names[:place])
+            is_pythons = imported.partition(".")[0] in sys.stdlib_module_names
+            assert is_sent or is_pythons, f"{name} imports {imported}"
+
+
+def imports(text: str) -> Iterator[str]:
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
 
 
 def documented() -> dict[str, tuple[str, str, str]]:

@@ -18,6 +18,7 @@ from openinteractions.broker.files import add_file_routes
 from openinteractions.errors import Conflict, Invalid, NotFound, TooLarge, Unready
 from openinteractions.sandbox.client import BrokerClient
 from openinteractions.sandbox.files.tree import Tree
+from openinteractions.sandbox.port import Displaced, Owner
 from tests.broker.test_life import eventually
 from tests.sandbox.trees import OWNER, archive, member, plant, stream, unpacked
 
@@ -34,7 +35,19 @@ class Broker:
         self.socket = str(disk / "broker.sock")
         self.is_broken = False
         self.opened = 0
+        self.owner: Owner | None = None
+        """Who owns the one run now."""
+        self.asked = 0
+        """How often that was asked."""
         plant(disk)
+
+    @asynccontextmanager
+    async def fence(self, env: str, owner: Owner) -> AsyncIterator[None]:
+        assert env == ENV.hex
+        self.asked += 1
+        if owner != self.owner:
+            raise Displaced("Another one.")
+        yield
 
     @asynccontextmanager
     async def tree(self, env: str) -> AsyncIterator[Tree]:
@@ -69,7 +82,13 @@ class Broker:
 async def broker(tmp_path: Path) -> AsyncIterator[Broker]:
     broker = Broker(tmp_path)
     app = web.Application(middlewares=[errors.rendered])
-    add_file_routes(app.router, broker.tree, max_upload_bytes=64 << 20, max_extracted_bytes=1 << 20)
+    add_file_routes(
+        app.router,
+        broker.tree,
+        broker.fence,
+        max_upload_bytes=64 << 20,
+        max_extracted_bytes=1 << 20,
+    )
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     await web.UnixSite(runner, broker.socket).start()
@@ -220,6 +239,11 @@ async def test_a_path_may_be_spelled_in_several_ways(http, broker, path, parts):
         ("PATCH", "/files/workspace/a", "405 method_not_allowed"),
         ("GET", "/nothing", "404 not_found"),
         ("GET", "/uploads/no", "404 not_found"),
+        ("PUT", "/files/workspace/x?epoch=1", "400 invalid_request"),
+        ("PUT", f"/files/workspace/x?interaction={ENV.hex}", "400 invalid_request"),
+        ("PUT", "/files/workspace/x?epoch=1&interaction=me", "400 invalid_request"),
+        ("DELETE", f"/files/workspace/a?epoch=-1&interaction={ENV.hex}", "400 invalid_request"),
+        ("DELETE", f"/files/workspace/a?epoch=1&interaction={ENV.hex}", "409 displaced"),
         ("PUT", "/uploads/a.b", "400 invalid_request"),
         ("PUT", "/uploads/a?offset=5", "404 not_found"),
         ("POST", "/uploads/no/commit?path=workspace/x", "404 not_found"),
@@ -368,3 +392,67 @@ async def test_a_download_that_is_read_slowly_goes_on(broker, monkeypatch):
         await asyncio.sleep(0.05)
     assert got >= 1 << 20
     writer.close()
+
+
+OLD, NEW = Owner(UUID(int=7), 1), Owner(UUID(int=7), 2)
+
+
+def files_of(broker: Broker) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in broker.workspace.rglob("*") if path.is_file()}
+
+
+async def test_an_owner_that_was_replaced_changes_no_file(client, broker):
+    broker_client, address = client
+    where = (address, ENV, "workspace/a")
+    broker.owner = OLD
+    await broker_client.write(*where, b"old", overwrite=True, owner=OLD)
+    broker.owner = NEW
+    packed = archive(member("b", b"b"), mode="w:gz")
+    for change in (
+        broker_client.write(*where, b"late", overwrite=True, owner=OLD),
+        broker_client.write(
+            address, ENV, "workspace", packed, overwrite=True, extract=True, owner=OLD
+        ),
+        broker_client.remove(*where, owner=OLD),
+        broker_client.remove(address, ENV, "workspace/none", owner=Owner(UUID(int=8), 2)),
+    ):
+        with pytest.raises((Displaced, NotFound)) as refused:
+            await change
+        assert refused.type is Displaced
+    assert files_of(broker) == {"a": b"old"}
+    await broker_client.write(*where, b"new", overwrite=True, owner=NEW)
+    await broker_client.write(
+        address, ENV, "workspace", packed, overwrite=True, extract=True, owner=NEW
+    )
+    assert files_of(broker) == {"a": b"new", "b": b"b"}
+    await broker_client.remove(*where, owner=NEW)
+    assert files_of(broker) == {"b": b"b"}
+    assert await broker.settled()
+
+
+async def test_who_is_no_owner_is_not_asked(client, broker):
+    broker_client, address = client
+    where = (address, ENV, "workspace/a")
+    await broker_client.write(*where, b"a", overwrite=True)
+    await broker_client.remove(*where)
+    assert broker.asked == 0
+
+
+@pytest.mark.parametrize("extract", ["false", "true"])
+async def test_an_owner_may_be_replaced_while_its_bytes_arrive(broker, extract):
+    (broker.workspace / "kept").write_bytes(b"kept")
+    broker.owner = OLD
+    body = archive(member("kept", b"late")) if extract == "true" else b"late"
+    path = "workspace" if extract == "true" else "workspace/kept"
+    query = f"overwrite=true&extract={extract}&interaction={OLD.interaction_id.hex}&epoch=1"
+    reader, writer = await asyncio.open_unix_connection(broker.socket)
+    head = f"PUT /v1/environments/{ENV.hex}/files/{path}?{query} HTTP/1.1\r\nHost: b\r\n"
+    writer.write(head.encode() + b"Content-Length: %d\r\n\r\n%s" % (len(body), body[:-1]))
+    await eventually(broker.leftovers, within_s=5)
+    broker.owner = NEW
+    assert broker.asked == 0
+    writer.write(body[-1:])
+    assert b" 409 " in await reader.readline()
+    writer.close()
+    assert files_of(broker) == {"kept": b"kept"}
+    assert await broker.settled()

@@ -321,10 +321,6 @@ def test_an_edit_that_is_on_its_way(
     is_edited_once(parts, fakes, watched)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="A broker does not ask whose file changes it makes: they name no epoch, as commands do.",
-)
 def test_a_worker_that_only_slept_changes_no_file(
     parts: Fleet, client: Client, fakes: Fakes, at_gate: Gate
 ) -> None:

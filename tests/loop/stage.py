@@ -1,6 +1,5 @@
 """A run on a scripted model: real loop, ports that keep what they are given."""
 
-import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -8,7 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 import orjson
-from tests.tools.files import Files
+from tests.tools import files
 
 from openinteractions.errors import ModelUnavailable, NotFound
 from openinteractions.events.types import Event
@@ -127,38 +126,17 @@ class Notebook:
 
 
 @dataclass
-class Bench(Files):
-    """A workplace that keeps what it was asked, and ends commands as the test says."""
+class Bench(files.Bench):
+    """A workplace that also looks into the run's journal."""
 
-    ends: list[Done | Exception] = field(default_factory=list)
-    executed: list[tuple[str, list[str], str | None]] = field(default_factory=list)
-    killed: list[str] = field(default_factory=list)
-    is_stuck: bool = False
-    journal: "Notebook | None" = None
+    journal: Notebook | None = None
     commits_seen: list[int] = field(default_factory=list)
     """How many commits there were when each command began."""
 
-    async def execute(
-        self,
-        key: str,
-        argv: Sequence[str],
-        *,
-        session: str | None = None,
-        timeout_s: float,
-        max_output_bytes: int,
-    ) -> Done:
-        self.executed.append((key, list(argv), session))
+    async def execute(self, *args: Any, **kwargs: Any) -> Done:
         if self.journal is not None:
             self.commits_seen.append(len(self.journal.commits))
-        if self.is_stuck:
-            await asyncio.Event().wait()
-        end = self.ends.pop(0)
-        if isinstance(end, Exception):
-            raise end
-        return end
-
-    async def kill(self, key: str) -> None:
-        self.killed.append(key)
+        return await super().execute(*args, **kwargs)
 
 
 @dataclass

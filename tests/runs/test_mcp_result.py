@@ -1,5 +1,7 @@
 """What MCP tools give becomes a string, an object or content blocks that every vendor takes."""
 
+import base64
+
 import pytest
 from mcp import types
 
@@ -73,5 +75,40 @@ def test_text_is_bounded_over_all_blocks():
 def test_images_are_bounded():
     found = shown(*[image()] * 25)
     assert [block["type"] for block in found].count("image") == 20
-    found = shown(image(data="A" * 9_000_000), image(data="A" * 9_000_000))
+    large = image(data="iVBORw0KGgoA" + "A" * 9_000_000)
+    found = shown(large, large)
     assert [block["type"] for block in found] == ["image", "text"]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "A" * 20_001, "iVBORw0K$Ggo", "ïVBORw0KGgo=", "",
+        base64.b64encode(b"<svg/>").decode(), base64.b64encode(b"%PDF-1.7").decode(),
+    ],
+    ids=["length", "alphabet", "letters", "none", "svg", "pdf"],
+)  # fmt: skip
+def test_what_is_no_image_is_said_to_be_none(data):
+    said = "[image/png: left out, since its data is not base64 of such an image]"
+    assert shown(image(data=data)) == said
+    assert shown(resource(blob=data, mimeType="image/png")) == said
+
+
+def test_an_image_is_shown_as_what_it_is():
+    jpeg = base64.b64encode(b"\xff\xd8\xff\xe0" + b"x" * 200).decode()
+    wrapped = "\n".join((jpeg[:76], jpeg[76:]))
+    expected = {"type": "image", "mime_type": "image/jpeg", "data": jpeg}
+    assert shown(image(data=wrapped)) == [expected]
+    assert shown(image(data=PNG["data"].rstrip("="))) == [PNG]
+
+
+def test_blocks_are_bounded():
+    found = shown(*[text("a")] * 5_000, image())
+    assert found.count("a\n") == 1_000
+    assert found.endswith("[4001 more blocks were left out. Ask for less at once.]")
+
+
+def test_a_long_text_is_looked_through_for_secrets_as_far_as_it_is_shown():
+    found = shown(text("pst " * MAX_CHARS), hide=lambda t: t.replace("pst", "***"))
+    assert "pst" not in found
+    assert found.endswith(f"[{3 * MAX_CHARS} more characters were left out. Ask for less at once.]")

@@ -5,6 +5,7 @@ import shutil
 import tempfile
 import tracemalloc
 from collections.abc import AsyncGenerator
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,17 @@ from tests.broker.stage import Stage, staged
 from tests.tools.files import Files, a_call, refused, use
 
 from openinteractions import ids
-from openinteractions.errors import Invalid, NotFound
+from openinteractions.crypto import broker_token
+from openinteractions.errors import Invalid, LeaseLost, NotFound
 from openinteractions.netguard import Fetcher, Guard
 from openinteractions.resources.environments.service import Environments, Rules
 from openinteractions.runs.workplace import RemoteWorkplace
+from openinteractions.sandbox.client import BrokerClient
 from openinteractions.sandbox.egress.policy import Reach
 from openinteractions.sandbox.port import Entry
 from openinteractions.tools.code_execution import CodeExecution
 
+COUNT = ["sh", "-c", "echo once | tee -a count"]
 EVIL = "a b; $(touch pwned) `id` 'x' \"y\" -z"
 
 
@@ -37,8 +41,11 @@ class Scene:
     def env(self) -> UUID:
         return self.place.environment_id
 
-    def again(self) -> RemoteWorkplace:
+    async def again(self) -> RemoteWorkplace:
         """The run's next owner."""
+        await self.stage.fetch(
+            "update jobs set epoch = epoch + 1 where id = $1", self.place.interaction_id
+        )
         return replace(self.place, epoch=self.place.epoch + 1)
 
     async def has_disk(self) -> bool:
@@ -62,6 +69,13 @@ async def scene(docker_engine, database, database_url) -> AsyncGenerator[Scene]:
             environment_id=await stage.environment(),
             interaction_id=ids.uuid7(),
             epoch=1,
+        )
+        await stage.fetch(
+            "insert into jobs (id, project_id, kind, state, worker_id, epoch) "
+            "values ($1, $2, 'run', 1, 1, $3)",
+            place.interaction_id,
+            stage.project_id,
+            place.epoch,
         )
         yield Scene(stage, place)
     await asyncio.to_thread(shutil.rmtree, home, ignore_errors=True)
@@ -144,8 +158,18 @@ async def test_a_file_of_any_size_takes_little_memory(scene):
     assert peak < 3 * 2**20
 
 
-async def test_a_broker_that_is_started_again_is_waited_for(scene):
-    place, stage = scene.place, scene.stage
+@pytest.fixture
+async def impatient(scene) -> AsyncGenerator[RemoteWorkplace]:
+    """The run's workplace, whose client waits for nobody."""
+    client = BrokerClient(broker_token(scene.stage.key), patience_s=0, restart_s=0)
+    sandboxes = copy(scene.place.sandboxes)
+    sandboxes.client = client
+    yield replace(scene.place, sandboxes=sandboxes)
+    await client.close()
+
+
+async def test_a_broker_that_is_started_again_is_waited_for(scene, impatient):
+    place, stage = impatient, scene.stage
     await place.write("workspace/a", b"before")
     await place.write("workspace/gone", b"")
     stage.kill()
@@ -161,12 +185,60 @@ async def test_a_broker_that_is_started_again_is_waited_for(scene):
         page = group.create_task(place.list("workspace"))
         group.create_task(place.write("workspace/b", b"new"))
         group.create_task(place.remove("workspace/gone"))
+        ran = group.create_task(place.execute("1", COUNT, timeout_s=9, max_output_bytes=9999))
+    assert ran.result().text == "once\n"
     assert read.result() == (b"before", 6)
     assert entry.result().size_bytes == 6
     assert "workspace/a" in [each.path for each in page.result()[0]]
     assert await place.read("workspace/b", max_bytes=9) == (b"new", 3)
     with pytest.raises(NotFound):
         await place.stat("workspace/gone")
+
+
+async def test_a_command_is_found_again_however_often_the_broker_ends(scene, impatient):
+    stage = scene.stage
+    slow = ["sh", "-c", f"{COUNT[-1]}; sleep 3; cat count"]
+    ran = asyncio.create_task(impatient.execute("1", slow, timeout_s=30, max_output_bytes=9999))
+    for _ in range(2):
+        await asyncio.sleep(1)
+        stage.kill()
+        await stage.start()
+    # All that it wrote, and once.
+    assert (await ran).text == "once\nonce\n"
+
+
+async def test_a_replaced_owner_changes_nothing_and_loses_its_lease(scene):
+    old = scene.place
+    await old.write("workspace/a", b"old")
+    new = await scene.again()
+    await new.write("workspace/a", b"new")
+    assert (await new.execute("1", COUNT, timeout_s=9, max_output_bytes=9999)).text == "once\n"
+    for change in (
+        old.write("workspace/a", b"late"),
+        old.write("workspace/b", b"late"),
+        old.remove("workspace/a"),
+        old.remove("workspace/none"),
+        old.execute("1", COUNT, timeout_s=9, max_output_bytes=9999),
+        old.execute("2", COUNT, timeout_s=9, max_output_bytes=9999),
+    ):
+        with pytest.raises(LeaseLost):
+            await change
+    # It may look.
+    assert (await old.read("workspace/a", max_bytes=9))[0] == b"new"
+    assert sorted(entry.path for entry in (await new.list("workspace"))[0]) == [
+        "workspace/a",
+        "workspace/count",
+    ]
+    await scene.stage.fetch("delete from jobs where id = $1", old.interaction_id)
+    with pytest.raises(LeaseLost):
+        await new.write("workspace/a", b"after the end")
+
+
+async def test_an_unstored_run_has_no_job_and_changes_files(scene):
+    place = replace(scene.place, interaction_id=ids.uuid7(), is_stored=False)
+    await place.write("workspace/a", b"1")
+    await place.remove("workspace/a")
+    assert (await place.execute("1", COUNT, timeout_s=9, max_output_bytes=9999)).text == "once\n"
 
 
 async def test_searches_in_a_sandbox(scene):
@@ -211,7 +283,7 @@ async def test_searches_in_a_sandbox(scene):
     assert "pwned" not in [name.rpartition("/")[2] for name in names]
     # The next owner of the run finds the same call's answer.
     await place.remove("workspace/src", recursive=True)
-    assert "src/a.py" in await use(scene.again(), "search_files", key="1", pattern="one")
+    assert "src/a.py" in await use(await scene.again(), "search_files", key="1", pattern="one")
 
 
 async def test_what_is_edited_is_what_the_sandbox_runs(scene):

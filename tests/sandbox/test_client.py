@@ -14,7 +14,7 @@ from openinteractions import errors
 from openinteractions.sandbox import messages
 from openinteractions.sandbox.client import BrokerClient
 from openinteractions.sandbox.pipe import Omitted
-from openinteractions.sandbox.port import Command, Exit, Output, SandboxError
+from openinteractions.sandbox.port import Command, Displaced, Exit, Output, Owner, SandboxError
 
 ENV = UUID("0123456789abcdef0123456789abcdef")
 COMMAND = Command(id="run.1", epoch=3, argv=["true"])
@@ -102,6 +102,7 @@ async def collected(client, broker, command=COMMAND, offset=0):
         (400, "invalid_request", errors.Invalid),
         (404, "not_found", errors.NotFound),
         (409, "aborted", errors.Conflict),
+        (409, "displaced", Displaced),
         (413, "request_too_large", errors.TooLarge),
         (429, "too_many_requests", errors.TooMany),
         (503, "unavailable", errors.Unready),
@@ -113,6 +114,7 @@ async def test_refusals_are_the_errors_that_they_were(broker, client, status, co
     broker.answers = [refusal(status, code, "Because.", **{"Retry-After": "7"})]
     with pytest.raises(kind, match=r"Because\.") as caught:
         await client.stop(broker.address, ENV)
+    assert caught.type is kind
     if isinstance(caught.value, errors.RequestError):
         assert caught.value.retry_after_s == 7
 
@@ -161,6 +163,21 @@ async def test_a_write_that_broke_off_is_not_sent_again(broker, client):
     with pytest.raises(errors.Unready):
         await client.write(broker.address, ENV, "workspace/a", b"x", overwrite=True)
     assert len(broker.requests) == 1
+
+
+async def test_who_changes_a_file_for_a_run_says_as_which_owner(broker, client):
+    where = (broker.address, ENV, "workspace/a")
+    for owner in (None, Owner(UUID(int=1), 7)):
+        broker.answers = [web.json_response({"files": []}), web.json_response({})]
+        await client.write(*where, b"x", overwrite=True, owner=owner)
+        await client.remove(*where, owner=owner)
+    named = f"&interaction={UUID(int=1).hex}&epoch=7"
+    assert [path.partition("?")[2] for _, path, *_ in broker.requests] == [
+        "overwrite=true&extract=false",
+        "recursive=false",
+        "overwrite=true&extract=false" + named,
+        "recursive=false" + named,
+    ]
 
 
 async def test_output_comes_in_order_with_its_end(broker, client):

@@ -1,5 +1,6 @@
 """A workplace in memory, and calls of tools."""
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -114,13 +115,16 @@ def _entry(path: str, kind: Any, size: int = 0, mime_type: str | None = None) ->
     )
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Bench(Files):
     """Obeys the port: files in memory, and commands that end as the test says."""
 
     ends: list[Done | Exception] = field(default_factory=list)
-    executed: list[tuple[str, list[str]]] = field(default_factory=list)
+    executed: list[tuple[str, list[str], str | None]] = field(default_factory=list)
+    """Key, command and session of each."""
     killed: list[str] = field(default_factory=list)
+    is_stuck: bool = False
+    """Commands never end."""
 
     async def execute(
         self,
@@ -131,7 +135,9 @@ class Bench(Files):
         timeout_s: float,
         max_output_bytes: int,
     ) -> Done:
-        self.executed.append((key, list(argv)))
+        self.executed.append((key, list(argv), session))
+        if self.is_stuck:
+            await asyncio.Event().wait()
         end = self.ends.pop(0)
         if isinstance(end, Exception):
             raise end

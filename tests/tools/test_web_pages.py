@@ -1,6 +1,7 @@
 """Files of all kinds as text, and files that are made to harm."""
 
 import asyncio
+import signal
 import time
 from pathlib import Path
 
@@ -245,3 +246,19 @@ async def test_a_page_that_takes_too_long_is_given_up():
         assert extractor._all == set()
     finally:
         extractor.close()
+
+
+async def test_who_is_cancelled_keeps_no_process_from_others(reader):
+    await reader.extract(page(b"<p>One"))
+    (child,) = reader._all
+    child._process.send_signal(signal.SIGSTOP)
+    stuck, queued = (asyncio.ensure_future(reader.extract(page(b"<p>Two"))) for _ in range(2))
+    await asyncio.sleep(0.2)
+    stuck.cancel()
+    queued.cancel()
+    began = time.monotonic()
+    assert (await reader.extract(page(b"<p>Three"))).text == "Three"
+    assert time.monotonic() - began < 10
+    assert stuck.cancelled()
+    assert queued.cancelled()
+    assert child not in reader._all

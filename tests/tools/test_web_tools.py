@@ -1,7 +1,8 @@
 """`url_context` and `google_search` as a model and a caller see them."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from ipaddress import ip_network
 
 import pytest
@@ -14,9 +15,10 @@ from openinteractions.models.port import ToolCall
 from openinteractions.netguard import Fetcher, Guard
 from openinteractions.runs.web import Reaches
 from openinteractions.sandbox.egress.policy import Reach
-from openinteractions.tools.port import Call, Hit, Means
+from openinteractions.tools.port import Call, Hit, Means, Page
 from openinteractions.tools.toolbox import toolbox
-from openinteractions.tools.web import url_context
+from openinteractions.tools.web import extractor, url_context
+from openinteractions.tools.web.pages import Extract
 from openinteractions.tools.web.search import GoogleSearch
 from openinteractions.tools.web.url_context import UrlContext
 
@@ -156,7 +158,7 @@ async def test_a_slow_page_does_not_keep_the_others(site, tool, monkeypatch):
     monkeypatch.setattr(url_context, "_FETCH_S", 0.5)
     slow, fast = await read(tool, site.url("/slow/20"), site.put("/a", "<p>A"))
     assert (slow["status"], fast["status"]) == ("error", "success")
-    assert "did not answer within 0.5 seconds" in slow["message"]
+    assert "was not there within 0.5 seconds" in slow["message"]
 
 
 async def test_a_huge_file_is_not_read(site, tool):
@@ -183,6 +185,106 @@ async def test_a_huge_page_does_not_stop_the_others(site, tool):
     ticking.cancel()
     assert entry["next_offset"] == 24_000
     assert ticks > took / 0.02 / 4
+
+
+class Library:
+    """A web and a reader that count the pages between them; names with `big` are large pages."""
+
+    def __init__(self) -> None:
+        self.held: Counter[str] = Counter()
+        self.most: Counter[str] = Counter()
+        self.stuck: set[str] = set()
+
+    def count(self, name: str, by: int) -> None:
+        self.held[name] += by
+        self.most[name] = max(self.most[name], self.held[name])
+
+    async def fetch(self, url: str, *, grows: Callable[[int], Awaitable[None]]) -> Page:
+        if "silent" in url:
+            await asyncio.Event().wait()
+        await grows(1)
+        self.count("pages", 1)
+        self.count(f"pages of {url[:10]}", 1)
+        await asyncio.sleep(0.001)
+        if "big" in url:
+            await grows(2**20)
+            await grows(2**20 + 1)
+            self.count("large", 1)
+            self.count(f"large of {url[:10]}", 1)
+        return Page(url=url, mime_type="text/plain", data=b"x")
+
+    async def extract(self, page: Page) -> Extract:
+        self.count(f"readers of {page.url[:10]}", 1)
+        try:
+            await asyncio.sleep(3600 if page.url in self.stuck else 0.001)
+        finally:
+            self.count("pages", -1)
+            self.count(f"readers of {page.url[:10]}", -1)
+            self.count(f"pages of {page.url[:10]}", -1)
+            if "big" in page.url:
+                self.count("large", -1)
+                self.count(f"large of {page.url[:10]}", -1)
+        return Extract(text=page.url)
+
+
+async def test_what_is_held_of_pages_is_bounded_for_a_process_and_for_a_run():
+    library = Library()
+    tools = {f"http://{n:03}": UrlContext(library, reader=library) for n in range(30)}
+    calls = [
+        read(tool, *[f"{name}/{n}{'big' if n % 2 else ''}" for n in range(20)])
+        for name, tool in tools.items()
+    ]
+    answers = await asyncio.wait_for(asyncio.gather(*calls), 60)
+    assert {entry["status"] for entries in answers for entry in entries} == {"success"}
+    most = library.most
+    assert most["pages"] <= 48
+    assert most["large"] == 4
+    assert max(most[f"pages of {name}"] for name in tools) == 4
+    assert max(most[f"large of {name}"] for name in tools) <= 2
+    assert max(most[f"readers of {name}"] for name in tools) == max(1, extractor.PROCESSES - 1)
+    assert not any(library.held.values())
+
+
+async def test_pages_that_do_not_come_take_no_room(monkeypatch):
+    library = Library()
+    monkeypatch.setattr(url_context, "_FETCH_S", 3)
+    slow = [UrlContext(library, reader=library) for _ in range(20)]
+    waiting = asyncio.gather(
+        *[read(tool, *[f"http://silent/{n}" for n in range(8)]) for tool in slow]
+    )
+    await asyncio.sleep(0.05)
+    (entry,) = await asyncio.wait_for(read(UrlContext(library, reader=library), "http://a/"), 2)
+    assert entry["status"] == "success"
+    assert {each["status"] for entries in await waiting for each in entries} == {"error"}
+
+
+async def test_a_call_ends_in_time_with_what_is_there(monkeypatch):
+    library = Library()
+    monkeypatch.setattr(url_context, "_CALL_S", 0.5)
+    tool = UrlContext(library, reader=library)
+    library.stuck |= {"http://000/1big", "http://000/2big", "http://000/3", "http://000/4"}
+    entries = await asyncio.wait_for(read(tool, "http://000/0", *sorted(library.stuck)), 10)
+    assert [entry["status"] for entry in entries] == ["success", *["error"] * 4]
+    assert all(entry["message"].startswith("Too slow: ") for entry in entries[1:])
+    # What it held is free again.
+    library.stuck.clear()
+    entries = await read(tool, "http://000/1big", "http://000/2big", "http://000/3")
+    assert {entry["status"] for entry in entries} == {"success"}
+
+
+async def test_a_large_page_waits_until_there_is_room_for_it(site, tool, monkeypatch):
+    room = url_context._rooms.setdefault(asyncio.get_running_loop(), url_context._Room(48, 4))
+    url = site.put("/large", b"x" * (2 * 2**20), "text/plain")
+    for _ in range(4):
+        await room.large.acquire()
+    reading = asyncio.ensure_future(read(tool, url, site.put("/a", "<p>A")))
+    done, _ = await asyncio.wait([reading], timeout=1)
+    assert not done
+    assert "/a" in site.hits
+    room.large.release()
+    large, small = await reading
+    assert (large["status"], small["status"]) == ("success", "success")
+    assert not room.large.locked()
 
 
 # The rules of the network.

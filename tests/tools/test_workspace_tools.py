@@ -295,7 +295,7 @@ async def test_a_search_is_words_never_a_script():
     place = Bench(files={"workspace/a b/$(x).py": b""}, ends=[found("")])
     pattern = "--pre=evil '; rm -rf /"
     await use(place, "search_files", pattern=pattern, path="a b", glob="-x; $(y)", context=99)
-    ((key, argv),) = place.executed
+    ((key, argv, _),) = place.executed
     assert key == "3"
     script = argv[2]
     assert argv[:2] == ["/bin/sh", "-c"]
@@ -355,7 +355,7 @@ async def test_a_long_answer_of_a_search_is_cut():
 async def test_a_search_whose_sandbox_was_lost_runs_again():
     place = Bench(ends=[found("", outcome="unknown", code=None), found("1:x")])
     assert await use(place, "search_files", pattern="x", key="7") == "1:x"
-    assert [key for key, _ in place.executed] == ["7", "7.again"]
+    assert [key for key, _, _ in place.executed] == ["7", "7.again"]
     await tools({}, Means(workplace=place))["search_files"].stop("7")
     assert place.killed == ["7", "7.again"]
     await tools({}, Means(workplace=place))["read_file"].stop("8")

@@ -18,10 +18,10 @@ from openinteractions.broker.house import House, Slot
 from openinteractions.broker.live import Live, Running
 from openinteractions.broker.record import Record
 from openinteractions.db.engine import LOST
-from openinteractions.errors import Conflict, Invalid, RequestError, TooMany
+from openinteractions.errors import Invalid, RequestError, TooMany
 from openinteractions.sandbox import messages
 from openinteractions.sandbox.pipe import Pipe
-from openinteractions.sandbox.port import Command, Exit, Gone, SandboxError
+from openinteractions.sandbox.port import Command, Displaced, Exit, Gone, SandboxError
 
 _log = structlog.get_logger(__name__)
 
@@ -77,7 +77,7 @@ class Executions:
         """Start a command, or join it where it was started before.
 
         Raises:
-            Conflict: A higher epoch of the same interaction has been seen.
+            Displaced: A higher epoch of the same interaction has been seen.
             NotFound: No such environment.
             Unready: It cannot be started now, and was not.
         """
@@ -111,7 +111,7 @@ class Executions:
 
         Raises:
             Gone: It does not run.
-            Conflict: The epoch is lower than one that was seen.
+            Displaced: The epoch is lower than one that was seen.
         """
         running = await self._find(environment_id, name, epoch=epoch, number=number)
         if running is None:
@@ -220,7 +220,7 @@ class Executions:
         live = await self._house.activate(slot, row)
         pipe = await live.usable()
         if not await self._begin(row, command.id, epoch=command.epoch, sandbox=live.ref):
-            raise Conflict("The run has another owner now.")
+            raise Displaced("The run has another owner now.")
         command = replace(command, env={**live.variables, **command.env})
         try:
             await pipe.start(command)
@@ -387,4 +387,4 @@ def interaction_of(name: str) -> UUID | None:
 
 def _fence(epoch: int, seen: int) -> None:
     if epoch < seen:
-        raise Conflict("The run has another owner now.")
+        raise Displaced("The run has another owner now.")

@@ -7,20 +7,23 @@ import asyncio
 import math
 import re
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Final, TypeAlias
+from uuid import UUID
 
 import orjson
 from aiohttp import web
 
 from openinteractions.broker.errors import begin
 from openinteractions.errors import Invalid
-from openinteractions.sandbox.files.tree import Tree
-from openinteractions.sandbox.port import Entry
+from openinteractions.sandbox.files.tree import Landing, Tree
+from openinteractions.sandbox.port import Entry, Owner
 
 OpenTree: TypeAlias = Callable[[str], AbstractAsyncContextManager[Tree]]
 """An environment's files, while the context is open; raises `NotFound` if there are none."""
+Fence: TypeAlias = Callable[[str, Owner], Landing]
+"""Within it an owner changes an environment's files; raises `Displaced` if it is none any more."""
 
 MAX_UPLOAD_BYTES: Final = 64 * 2**30
 """Of one file; the environment's disk is the real limit."""
@@ -39,12 +42,13 @@ _FLAGS: Final = {"true": True, "1": True, "": False, "false": False, "0": False}
 def add_file_routes(
     router: web.UrlDispatcher,
     open_tree: OpenTree,
+    fence: Fence,
     *,
     max_upload_bytes: int = MAX_UPLOAD_BYTES,
     max_extracted_bytes: int = MAX_EXTRACTED_BYTES,
 ) -> None:
     """Serve `/v1/environments/{env}/files…` and `/uploads…`; `broker.errors` renders errors."""
-    files = _Files(open_tree, max_upload_bytes, max_extracted_bytes)
+    files = _Files(open_tree, fence, max_upload_bytes, max_extracted_bytes)
     base = "/v1/environments/{env}"
     for path in (f"{base}/files", f"{base}/files/{{path:.*}}"):
         router.add_get(path, files.get, allow_head=False)
@@ -62,11 +66,17 @@ class _Files:
     """The handlers."""
 
     open_tree: OpenTree
+    fence: Fence
     max_upload_bytes: int
     max_extracted_bytes: int
 
     def _tree(self, request: web.Request) -> AbstractAsyncContextManager[Tree]:
         return self.open_tree(request.match_info["env"])
+
+    def _landing(self, request: web.Request) -> Landing:
+        """In which a change takes place: whoever makes it for a run says as which owner."""
+        owner = _owner(request)
+        return nullcontext() if owner is None else self.fence(request.match_info["env"], owner)
 
     async def get(self, request: web.Request) -> web.StreamResponse:
         """`op`: `stat` (or none), `list`, `read`, `tar`."""
@@ -134,7 +144,7 @@ class _Files:
     async def put(self, request: web.Request) -> web.StreamResponse:
         """Write a file, or with `extract` unpack an archive."""
         overwrite = _flag(request, "overwrite")
-        body = _body(request)
+        body, landing = _body(request), self._landing(request)
         async with self._tree(request) as tree:
             if _flag(request, "extract"):
                 return _written(
@@ -143,10 +153,15 @@ class _Files:
                         body,
                         overwrite=overwrite,
                         max_bytes=self.max_extracted_bytes,
+                        landing=landing,
                     )
                 )
             entry = await tree.write(
-                _path(request), body, overwrite=overwrite, max_bytes=self.max_upload_bytes
+                _path(request),
+                body,
+                overwrite=overwrite,
+                max_bytes=self.max_upload_bytes,
+                landing=landing,
             )
             return _written([entry])
 
@@ -159,7 +174,7 @@ class _Files:
 
     async def delete(self, request: web.Request) -> web.StreamResponse:
         """Remove a file or folder."""
-        async with self._tree(request) as tree:
+        async with self._tree(request) as tree, self._landing(request):
             await tree.delete(_path(request), recursive=_flag(request, "recursive"))
         return _json({})
 
@@ -229,6 +244,19 @@ def _path(request: web.Request) -> str:
 
 def _upload(request: web.Request) -> str:
     return request.match_info["upload"]
+
+
+def _owner(request: web.Request) -> Owner | None:
+    interaction, epoch = request.query.get("interaction"), _number(request, "epoch", None)
+    if interaction is None and epoch is None:
+        return None
+    try:
+        key = UUID(interaction)
+    except (TypeError, ValueError):
+        key = None
+    if key is None or epoch is None:
+        raise Invalid("An owner is an 'interaction' with an 'epoch'.")
+    return Owner(key, epoch)
 
 
 def _flag(request: web.Request, name: str) -> bool:

@@ -32,7 +32,7 @@ from openinteractions.sandbox.disk import Disks
 from openinteractions.sandbox.egress.state import Egress
 from openinteractions.sandbox.files.tree import Tree
 from openinteractions.sandbox.pipe import Pipe
-from openinteractions.sandbox.port import BackendDown, Gone, Json, SandboxError
+from openinteractions.sandbox.port import BackendDown, Displaced, Gone, Json, Owner, SandboxError
 
 _log = structlog.get_logger(__name__)
 
@@ -63,6 +63,8 @@ class Slot:
     file_uses: int = 0
     """Who only reads or writes its files: their disk is needed, and no sandbox."""
     files_last_used: float = field(default_factory=time.monotonic)
+    landing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while a run changes a file."""
 
     @contextmanager
     def used(self) -> Generator[None]:
@@ -208,6 +210,21 @@ class House:
                 slot.cleaned_at = time.monotonic()
                 await tree.clean()
             yield tree
+
+    @asynccontextmanager
+    async def fenced(self, environment_id: UUID, owner: Owner) -> AsyncGenerator[None]:
+        """Where a run's owner changes an environment's files, while the context lasts (ruling R4).
+
+        One at a time: what a replaced owner was just let in for is done before its successor does
+        anything, and cannot undo it.
+
+        Raises:
+            Displaced: It has been replaced, or its run has ended.
+        """
+        async with self.slot(environment_id).landing:
+            if not await store.owns(self.parts.database, owner):
+                raise Displaced("The run has another owner now.")
+            yield
 
     async def ensure(self, environment_id: UUID, source: UUID | None) -> None:
         """Have an environment's disk, empty or a copy of another one's.

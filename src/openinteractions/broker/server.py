@@ -21,8 +21,8 @@ from openinteractions.broker.house import House
 from openinteractions.db.engine import LOST
 from openinteractions.errors import Invalid, NotFound, RequestError, Unready
 from openinteractions.sandbox import messages
-from openinteractions.sandbox.files.tree import Tree
-from openinteractions.sandbox.port import Json, SandboxError
+from openinteractions.sandbox.files.tree import Landing, Tree
+from openinteractions.sandbox.port import Json, Owner, SandboxError
 
 _log = structlog.get_logger(__name__)
 
@@ -80,7 +80,10 @@ def create_app(desk: Desk) -> web.Application:
         async with desk.house.tree(_uuid(text)) as tree:
             yield tree
 
-    add_file_routes(app.router, open_tree)
+    def fence(text: str, owner: Owner) -> Landing:
+        return desk.house.fenced(_uuid(text), owner)
+
+    add_file_routes(app.router, open_tree, fence)
     return app
 
 

@@ -9,6 +9,7 @@ from uuid import UUID
 import orjson
 
 from openinteractions.db.engine import Database
+from openinteractions.sandbox.port import Owner
 
 EgressRow: TypeAlias = tuple[Any, ...]
 """The columns of `_EGRESS_COLUMNS`, in order."""
@@ -83,6 +84,11 @@ select e.environment_id, e.id
   join interactions i on i.id = e.interaction_id
  where e.exit is null
    and (i.status not in ('queued', 'in_progress') or i.deleted_at is not null)
+"""
+
+# The fence of `runs.store`. Not `for update`: a broker that hangs must not hold up a takeover.
+_OWNS = """
+select exists (select from jobs where id = $1 and epoch = $2::bigint and worker_id is not null)
 """
 
 
@@ -273,6 +279,12 @@ async def raise_epoch(database: Database, environment_id: UUID, name: str, epoch
             name,
             epoch,
         )
+
+
+async def owns(database: Database, owner: Owner) -> bool:
+    """Whether a run is still this owner's; one that has ended is nobody's."""
+    async with database.hot() as connection:
+        return await connection.fetchval(_OWNS, owner.interaction_id, owner.epoch)
 
 
 async def end(

@@ -34,6 +34,7 @@ class Run:
     environment_id: UUID | None
     epoch: int
     secrets: Json | None
+    is_stored: bool = True
     is_ending: bool = False
     """It is not to go on: what is open is only closed."""
 
@@ -100,6 +101,7 @@ class Equipment:
             environment_id=run.environment_id,
             interaction_id=run.interaction_id,
             epoch=run.epoch,
+            is_stored=run.is_stored,
         )
 
     def _web(self, run: Run) -> Web:

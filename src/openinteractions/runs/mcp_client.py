@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from types import TracebackType
 from typing import Annotated, Any, Final, Self, TypeAlias, TypeVar, cast
-from urllib.parse import quote, quote_plus, unquote, unquote_plus, urlsplit
+from urllib.parse import quote, quote_plus, unquote, unquote_plus
 
 import aiohttp
 import httpx2
@@ -466,8 +466,6 @@ class _Secrets:
         self._known: set[str] = set()
         for value in access.headers.values():
             self.add(value)
-        self._add_query(urlsplit(access.url).query)
-        # As it is sent: a library may spell it in another way.
         self._add_query(httpx2.URL(access.url).query.decode())
 
     def add(self, value: str) -> None:

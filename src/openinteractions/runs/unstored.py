@@ -128,6 +128,7 @@ class InMemory:
             environment_id=asked.environment_id,
             epoch=1,
             secrets=asked.secrets,
+            is_stored=False,
         )
 
     async def _end(self, run: Run) -> None:

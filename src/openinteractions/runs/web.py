@@ -89,7 +89,9 @@ class RunWeb:
         self._backend = backend
         self._policy = policy
 
-    async def fetch(self, url: str) -> Page:
+    async def fetch(
+        self, url: str, *, grows: Callable[[int], Awaitable[None]] | None = None
+    ) -> Page:
         """GET a URL; every host on the way has to be one that the run may reach."""
         policy = await self._policy()
         found = await self._fetcher.fetch(
@@ -97,6 +99,7 @@ class RunWeb:
             permits=lambda place: _require(policy, place),
             headers=_HEADERS,
             max_bytes=_MAX_BYTES,
+            grows=grows,
         )
         return Page(
             url=found.url, mime_type=found.mime_type, data=found.data, charset=found.charset

@@ -9,9 +9,9 @@ from uuid import UUID
 
 import structlog
 
-from openinteractions.errors import NotFound, RequestError, Unready
+from openinteractions.errors import LeaseLost, NotFound, RequestError, Unready
 from openinteractions.resources.environments.service import Environments
-from openinteractions.sandbox.port import Command, Entry, Exit, Output
+from openinteractions.sandbox.port import Command, Displaced, Entry, Exit, Output, Owner
 from openinteractions.tools.port import Done
 
 _T = TypeVar("_T")
@@ -57,13 +57,18 @@ class Bounded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemoteWorkplace:
-    """One environment, as one owner of one run may use it."""
+    """One environment, as one owner of one run may use it.
+
+    Whatever changes something raises `LeaseLost` once the run has another owner; nothing was done.
+    """
 
     sandboxes: Environments
     environment_id: UUID
     interaction_id: UUID
     epoch: int
     """An owner that was replaced has a lower one, and is refused (ruling R4)."""
+    is_stored: bool = True
+    """An unstored run has one owner for ever, and no job that says so."""
 
     async def execute(
         self,
@@ -83,16 +88,21 @@ class RemoteWorkplace:
             max_output_bytes=max_output_bytes,
             session=session,
         )
-        address = await self._address()
-        text = Bounded(max_output_bytes)
-        async with self.sandboxes.client.execute(address, self.environment_id, command) as events:
-            async for event in events:
-                match event:
-                    case Output(_, data):
-                        text.add(data)
-                    case Exit():
-                        return Done(event, text.read())
-        raise Unready("The sandbox's answer ended early.")
+
+        async def ask(address: str) -> Done:
+            text = Bounded(max_output_bytes)
+            async with self.sandboxes.client.execute(
+                address, self.environment_id, command
+            ) as events:
+                async for event in events:
+                    match event:
+                        case Output(_, data):
+                            text.add(data)
+                        case Exit():
+                            return Done(event, text.read())
+            raise Unready("The sandbox's answer ended early.")
+
+        return await self._patiently(ask)
 
     async def kill(self, key: str) -> None:
         """Kill a command and everything it has started; nothing happens if it has ended."""
@@ -152,7 +162,12 @@ class RemoteWorkplace:
 
         async def ask(address: str) -> None:
             await self.sandboxes.client.write(
-                address, self.environment_id, path, _pieces(data), overwrite=True
+                address,
+                self.environment_id,
+                path,
+                _pieces(data),
+                overwrite=True,
+                owner=self._owner,
             )
 
         await self._patiently(ask)
@@ -167,7 +182,7 @@ class RemoteWorkplace:
             tries += 1
             try:
                 await self.sandboxes.client.remove(
-                    address, self.environment_id, path, recursive=recursive
+                    address, self.environment_id, path, recursive=recursive, owner=self._owner
                 )
             except NotFound:
                 # The answer to an earlier try may be all that was lost.
@@ -178,16 +193,26 @@ class RemoteWorkplace:
         self.sandboxes.files_changed(self.environment_id)
 
     async def _patiently(self, ask: Callable[[str], Awaitable[_T]]) -> _T:
-        """Ask the broker what may be asked again; one that is being started again is waited for."""
+        """Ask the broker what may be asked again; one that is being started again is waited for.
+
+        Raises:
+            LeaseLost: It was asked for a change, and another worker owns the run.
+        """
         deadline = time.monotonic() + _PATIENCE_S
         while True:
             address = await self._address()
             try:
                 return await ask(address)
+            except Displaced as error:
+                raise LeaseLost(f"the lease of {self.interaction_id} is lost") from error
             except Unready:
                 if time.monotonic() > deadline:
                     raise
             await asyncio.sleep(_LOOK_S)
+
+    @property
+    def _owner(self) -> Owner | None:
+        return Owner(self.interaction_id, self.epoch) if self.is_stored else None
 
     def _id(self, key: str) -> str:
         return f"{self.interaction_id.hex}.{key}"

@@ -21,7 +21,7 @@ from openinteractions.errors import NotFound, Unready
 from openinteractions.sandbox import messages
 from openinteractions.sandbox.link import BROKEN, Away, Body, Link, Patience
 from openinteractions.sandbox.pipe import Omitted
-from openinteractions.sandbox.port import Command, Duplex, Entry, Exit, Json, Output
+from openinteractions.sandbox.port import Command, Duplex, Entry, Exit, Json, Output, Owner
 
 Entries: TypeAlias = list[Entry]
 Jsons: TypeAlias = list[Json]
@@ -153,7 +153,7 @@ class BrokerClient:
             offset: Bytes of output that the caller already has.
 
         Raises:
-            Conflict: A higher epoch has been seen.
+            Displaced: A higher epoch has been seen.
             NotFound: No such environment.
             Unready: No sandbox is to be had now; nothing was started, or it runs on.
             SandboxError: The broker failed.
@@ -191,7 +191,7 @@ class BrokerClient:
 
         Raises:
             NotFound: It does not run.
-            Conflict: `epoch` is lower than one that was seen.
+            Displaced: `epoch` is lower than one that was seen.
         """
         body = {"signal": number} if epoch is None else {"signal": number, "epoch": epoch}
         path = _execution(env, execution_id) + "/signal"
@@ -255,7 +255,7 @@ class BrokerClient:
         async with self._link.answer(address, "GET", _file(env, path) + query) as response:
             yield _chunks(response)
 
-    async def write(
+    async def write(  # noqa: PLR0913 - each is named, and none goes with another
         self,
         address: str,
         env: UUID,
@@ -264,24 +264,46 @@ class BrokerClient:
         *,
         overwrite: bool,
         extract: bool = False,
+        owner: Owner | None = None,
     ) -> Entries:
         """Write a file, whole or not at all, or unpack an archive; what was written.
 
+        Args:
+            address: The broker's.
+            env: Whose file.
+            path: Where, or under which folder.
+            body: Its bytes.
+            overwrite: Replace what is there.
+            extract: It is an archive.
+            owner: Only while this one owns its run, when all bytes have arrived.
+
         Raises:
             Conflict: There is one already.
+            Displaced: `owner` owns its run no more.
             TooLarge: It does not fit.
         """
-        query = _query(overwrite=overwrite, extract=extract)
+        query = _query(overwrite=overwrite, extract=extract, **_owned(owner))
         answer = await self._link.json(
             address, "PUT", _file(env, path) + query, body=body, is_repeatable=False
         )
         return _entries(answer)
 
-    async def remove(self, address: str, env: UUID, path: str, *, recursive: bool = False) -> None:
-        """Remove a file or folder."""
-        await self._link.json(
-            address, "DELETE", _file(env, path) + _query(recursive=recursive), is_repeatable=False
-        )
+    async def remove(
+        self,
+        address: str,
+        env: UUID,
+        path: str,
+        *,
+        recursive: bool = False,
+        owner: Owner | None = None,
+    ) -> None:
+        """Remove a file or folder.
+
+        Raises:
+            Displaced: `owner` owns its run no more.
+        """
+        query = _query(recursive=recursive, **_owned(owner))
+        await self._link.json(address, "DELETE", _file(env, path) + query, is_repeatable=False)
 
     async def mkdir(self, address: str, env: UUID, path: str) -> None:
         """Make a folder, and those above it."""
@@ -472,6 +494,11 @@ def _query(**fields: str | float | None) -> str:
         if value is not None
     }
     return "?" + urlencode(words, quote_via=quote) if words else ""
+
+
+def _owned(owner: Owner | None) -> dict[str, str | int]:
+    """How a query names an owner."""
+    return {} if owner is None else {"interaction": owner.interaction_id.hex, "epoch": owner.epoch}
 
 
 def _entries(answer: Json) -> Entries:

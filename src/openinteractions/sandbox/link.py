@@ -22,7 +22,7 @@ from openinteractions.errors import (
     Unready,
 )
 from openinteractions.sandbox import messages
-from openinteractions.sandbox.port import SandboxError
+from openinteractions.sandbox.port import Displaced, SandboxError
 
 Body: TypeAlias = bytes | AsyncIterable[bytes]
 
@@ -234,7 +234,7 @@ def _error(status: int, code: str, message: str, *, retry_after_s: float | None 
             "The sandbox broker does not accept this server's token: both need the same "
             "master key (OI_MASTER_KEY)."
         )
-    kind = _KINDS.get(status)
+    kind = Displaced if code == Displaced.code else _KINDS.get(status)
     if kind is None or code == SandboxError.code:
         return SandboxError(message)
     return kind(message, retry_after_s=retry_after_s)

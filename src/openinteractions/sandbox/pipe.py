@@ -11,10 +11,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 from openinteractions.errors import TooMany
+from openinteractions.sandbox import shipped
 from openinteractions.sandbox.mux import Mux, MuxStream
 from openinteractions.sandbox.port import Command, Duplex, Exit, Gone, Json, Output, SandboxError
 
@@ -23,7 +23,6 @@ OnConnect: TypeAlias = Callable[[str, Duplex], Awaitable[None]]
 CONNECTIONS = frozenset({"proxy", "https", "http"})
 """What the sandbox may connect to: its loopback ports for a proxy, for TLS and for plain HTTP."""
 
-_FOLDER = Path(__file__).parent
 _PACKAGE = "openinteractions.sandbox"
 _MODULES = (
     "frames",
@@ -48,22 +47,6 @@ def get(n):
         b += c
     return b
 exec(compile(get(int.from_bytes(get(4), 'big')), 'supervisor', 'exec'))
-"""
-_PROGRAM = """\
-import sys, types
-def load(name, text):
-    module = sys.modules[name] = types.ModuleType(name)
-    if text is None:
-        module.__path__ = []
-    else:
-        exec(compile(text, name, 'exec'), module.__dict__)
-    parent, _, last = name.rpartition('.')
-    if parent:
-        setattr(sys.modules[parent], last, module)
-    return module
-for name, text in {modules!r}:
-    service = load(name, text)
-service.main({notebook!r})
 """
 
 _ANSWER_S = 30.0
@@ -99,16 +82,10 @@ def boot_argv() -> list[str]:
 @cache
 def source() -> bytes:
     """The supervisor as one program, its length before it, as the main process expects it."""
-    packages = [("openinteractions", None), (_PACKAGE, None), (f"{_PACKAGE}.supervisor", None)]
-    modules = [(f"{_PACKAGE}.{name}", _text(name)) for name in _MODULES]
-    program = _PROGRAM.format(
-        modules=[*packages, *modules], notebook=_text("supervisor.notebook")
-    ).encode()
+    names = [f"{_PACKAGE}.{name}" for name in _MODULES]
+    notebook = shipped.text(f"{_PACKAGE}.supervisor.notebook")
+    program = shipped.program(names, notebook).encode()
     return len(program).to_bytes(4, "big") + program
-
-
-def _text(name: str) -> str:
-    return (_FOLDER / (name.replace(".", "/") + ".py")).read_text(encoding="utf-8")
 
 
 class Pipe:

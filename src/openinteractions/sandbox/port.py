@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
+from uuid import UUID
 
-from openinteractions.errors import EngineError, NotFound, Unready
+from openinteractions.errors import Conflict, EngineError, NotFound, Unready
 
 Json: TypeAlias = dict[str, Any]
 
@@ -40,6 +41,20 @@ class BackendDown(Unready):
 
 class Gone(NotFound):
     """No such container, execution or environment (any more)."""
+
+
+class Displaced(Conflict):
+    """Who asks owns the run no more; nothing was changed."""
+
+    code = "displaced"
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """One owner of a stored run, as its job's row has it while the lease lasts (ruling R9)."""
+
+    interaction_id: UUID
+    epoch: int
 
 
 class Duplex(Protocol):

@@ -155,8 +155,14 @@ class Hit:
 class Web(Protocol):
     """The web, as far as this run may reach it."""
 
-    async def fetch(self, url: str) -> Page:
+    async def fetch(
+        self, url: str, *, grows: Callable[[int], Awaitable[None]] | None = None
+    ) -> Page:
         """GET a URL, past the SSRF guard and the network rules of the run's environment.
+
+        Args:
+            url: Where.
+            grows: Awaited with the size that the page is about to have, before it has it.
 
         Raises:
             Invalid: It cannot be had; the message says why (`netguard.Refused` where the guard or

@@ -30,18 +30,6 @@ Status: TypeAlias = Literal[
     "queued",
     "requires_continuation",
 ]
-TERMINAL: frozenset[Status] = frozenset(
-    {
-        "requires_action",
-        "completed",
-        "failed",
-        "cancelled",
-        "incomplete",
-        "budget_exceeded",
-        "requires_continuation",
-    }
-)
-"""Statuses that end this interaction; the conversation goes on in a new one."""
 
 
 class ModalityTokens(TypedDict):

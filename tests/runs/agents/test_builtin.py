@@ -44,7 +44,6 @@ def test_the_research_agent(agent_id: str):
     assert agent is not None
     assert (agent.kind, agent.config_type) == ("research", "deep-research")
     assert agent.background_only
-    assert not agent.takes_json_schema
     assert set(agent.tools) == {"code_execution", "google_search", "url_context"}
     assert {"mcp_server", "file_search"} <= agent.allowed
     assert "function" not in agent.allowed

@@ -15,6 +15,8 @@ import orjson
 KEEP_INLINE_BYTES = 16 * 1024
 """Shorter `data` stays in its step: a row of its own would cost more."""
 
+_KINDS = ("image", "audio", "video", "document")
+
 Json = dict[str, Any]
 
 
@@ -66,7 +68,7 @@ def take_out(step: Json) -> tuple[Json, list[Blob]]:
 
 def _explain(block: Json) -> None:
     """Put a text in the place of a block whose data cannot be read."""
-    kind = block.get("type")
+    kind = block["type"]
     block.clear()
     block |= {"type": "text", "text": f"[{kind} left out: its data was not base64.]"}
 
@@ -82,6 +84,8 @@ def keep_by_uri(content: Json, base_url: str) -> tuple[Json, Blob]:
 
 def _is_large(block: Json) -> bool:
     data = block.get("data")
+    if block.get("type") not in _KINDS:
+        return False
     return isinstance(data, str) and (len(data) > KEEP_INLINE_BYTES or "uri" in block)
 
 

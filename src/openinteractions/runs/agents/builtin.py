@@ -25,7 +25,7 @@ class Builtin:
     config_type: Literal["antigravity", "deep-research"]
     """The `agent_config.type` that goes with it; `dynamic` goes with every agent."""
     needs_environment: bool
-    """Whether it gets an environment even where the request names none."""
+    """Whether a request has to name one, or follow one that had one; custom agents make theirs."""
     background_only: bool
     tools: tuple[str, ...]
     """Types that it has where the request names no tools; a request's own replace them."""
@@ -33,8 +33,6 @@ class Builtin:
     """Types that come with its environment, whatever tools the request names."""
     allowed: frozenset[str]
     """Types of tools that a request may name."""
-    takes_json_schema: bool = True
-    """Whether its answer can be bound to a schema."""
     limits: Limits = field(default_factory=Limits)
     """Its own, within the server's and the request's."""
     effort: Effort = "standard"
@@ -69,7 +67,6 @@ def _research(agent_id: str, effort: Effort = "standard") -> Builtin:
         background_only=True,
         tools=("google_search", "url_context", "code_execution"),
         allowed=_RESEARCH_TOOLS,
-        takes_json_schema=False,
         limits=Limits(max_seconds=_HOUR_S),
         effort=effort,
     )

@@ -12,11 +12,11 @@ from collections.abc import (
     Generator,
     Sequence,
 )
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final, TypeAlias, TypeVar
 
 from openinteractions.errors import Invalid
 from openinteractions.sandbox.files import kernel, staging, uploads
@@ -35,6 +35,9 @@ from openinteractions.sandbox.files.unpack import unpack
 from openinteractions.sandbox.port import UID, Entry, SandboxError
 
 _T = TypeVar("_T")
+
+Landing: TypeAlias = AbstractAsyncContextManager[None]
+"""Within it a change takes place; what it raises keeps the change from being made."""
 
 _CHUNK_BYTES: Final = 1 << 20
 _PRIVATE: Final = 0o600
@@ -143,6 +146,7 @@ class Tree:
         overwrite: bool = False,
         mode: int | None = None,
         max_bytes: int | None = None,
+        landing: Landing | None = None,
     ) -> Entry:
         """Make or replace a file, once all of it has arrived; folders above it are made.
 
@@ -152,6 +156,7 @@ class Tree:
             overwrite: Replace a file or link that is there.
             mode: Its permissions; None: those of the replaced file, else `rw-r--r--`.
             max_bytes: Longest file.
+            landing: Entered when all of it has arrived.
 
         Raises:
             Conflict: Something is there, and is not to be overwritten; nothing was changed.
@@ -159,7 +164,7 @@ class Tree:
         parts = for_writing(path)
         await self._site.quota.check()
         await in_thread(self._site.check_free, parts, overwrite=overwrite)
-        async with self._staged(parts, chunks, max_bytes) as staged:
+        async with self._staged(parts, chunks, max_bytes) as staged, landing or nullcontext():
             return await in_thread(self._land, staged, overwrite, mode)
 
     async def mkdir(self, path: str) -> Entry:
@@ -205,7 +210,13 @@ class Tree:
             await in_thread(packing.close)
 
     async def extract(
-        self, path: str, chunks: AsyncIterable[bytes], *, overwrite: bool = False, max_bytes: int
+        self,
+        path: str,
+        chunks: AsyncIterable[bytes],
+        *,
+        overwrite: bool = False,
+        max_bytes: int,
+        landing: Landing | None = None,
     ) -> Sequence[Entry]:
         """Unpack a tar or tar.gz under a folder, whole or not at all; what it put there, by path.
 
@@ -216,13 +227,14 @@ class Tree:
             chunks: The archive.
             overwrite: Replace files that are there; folders are always merged.
             max_bytes: Most that its files may have together, and that it may have itself.
+            landing: Entered when all of it has arrived.
 
         Raises:
             Conflict: A member is there already, and is not to be overwritten.
         """
         parts = _for_extracting(path)
         await self._site.quota.check()
-        async with self._staged(parts, chunks, max_bytes) as staged:
+        async with self._staged(parts, chunks, max_bytes) as staged, landing or nullcontext():
             return await self._unpack(staged.fd, parts, overwrite, max_bytes)
 
     async def append(

@@ -15,6 +15,7 @@ import orjson
 
 from openinteractions.errors import RequestError, Unready
 from openinteractions.models.port import Json, ToolCall
+from openinteractions.sandbox import shipped
 from openinteractions.sandbox.port import SandboxError
 from openinteractions.tools import function
 from openinteractions.tools.port import Call, Done, Means, Tool, Workplace
@@ -30,26 +31,9 @@ _PYTHON = "/usr/bin/python3"
 _MAX_OUTPUT_BYTES = 4 * 2**20
 _MAX_ARGUMENT_BYTES = 100 * 1024
 _JPEG = b"\xff\xd8\xff"
-_FOLDER = Path(__file__).parent / "inside"
-_PACKAGES = ("openinteractions", "openinteractions.tools", "openinteractions.tools.browser")
+_PAGE_SCRIPT = Path(__file__).parent / "inside/page.js"
 _INSIDE = "openinteractions.tools.browser.inside"
 _MODULES = ("cdp", "chromium", "tab", "view", "actions", "driver")
-_PROGRAM = """\
-import sys, types
-def load(name, text):
-    module = sys.modules[name] = types.ModuleType(name)
-    if text is None:
-        module.__path__ = []
-    else:
-        exec(compile(text, name, 'exec'), module.__dict__)
-    parent, _, last = name.rpartition('.')
-    if parent:
-        setattr(sys.modules[parent], last, module)
-    return module
-for name, text in {modules!r}:
-    driver = load(name, text)
-driver.main()
-"""
 
 _DESCRIPTION = """\
 Operates a web browser (one tab, with JavaScript) in the sandbox. Every action returns the page as \
@@ -117,19 +101,13 @@ def tools(config: Json, means: Means) -> Mapping[str, Tool]:
 @cache
 def program() -> str:
     """The driver as one program: its arguments are the call's, as JSON, and `page_script()`."""
-    packages = [(name, None) for name in (*_PACKAGES, _INSIDE)]
-    modules = [(f"{_INSIDE}.{name}", _text(f"{name}.py")) for name in _MODULES]
-    return _PROGRAM.format(modules=[*packages, *modules])
+    return shipped.program([f"{_INSIDE}.{name}" for name in _MODULES])
 
 
 @cache
 def page_script() -> str:
     """What tells a page's text and elements, as the driver wants it."""
-    return _text("page.js")
-
-
-def _text(name: str) -> str:
-    return (_FOLDER / name).read_text(encoding="utf-8")
+    return _PAGE_SCRIPT.read_text(encoding="utf-8")
 
 
 class Browser:

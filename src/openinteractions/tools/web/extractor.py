@@ -25,7 +25,9 @@ from openinteractions.tools.web.pages import Extract
 DEADLINE_S: Final = 20.0
 """Longest that one page is read."""
 
-_MOST: Final = min(4, max(2, os.cpu_count() or 2))
+PROCESSES: Final = min(4, max(2, os.cpu_count() or 2))
+"""Pages that are read at once."""
+
 _MAX_ANSWER: Final = 64 * 2**20
 _TOO_SLOW: Final = Extract(
     message=f"Reading it took longer than {DEADLINE_S:g} seconds.", is_readable=False
@@ -39,7 +41,7 @@ _NO_PROCESS: Final = Extract(
 class Extractor:
     """Turns pages into text."""
 
-    def __init__(self, *, processes: int = _MOST, deadline_s: float = DEADLINE_S) -> None:
+    def __init__(self, *, processes: int = PROCESSES, deadline_s: float = DEADLINE_S) -> None:
         """Nothing is started.
 
         Args:
@@ -52,9 +54,17 @@ class Extractor:
         self._deadline_s = deadline_s
 
     async def extract(self, page: Page) -> Extract:
-        """The text of a page; one that cannot be read is told in its message."""
+        """The text of a page; one that cannot be read is told in its message.
+
+        Who is cancelled keeps no process from others.
+        """
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, self._extract, page)
+        job = _Job(page)
+        try:
+            return await loop.run_in_executor(self._threads, self._extract, job)
+        except asyncio.CancelledError:
+            job.cancel()
+            raise
 
     def close(self) -> None:
         """End the processes, and what they are at."""
@@ -62,7 +72,7 @@ class Extractor:
             child.end()
         self._threads.shutdown(cancel_futures=True)
 
-    def _extract(self, page: Page) -> Extract:
+    def _extract(self, job: "_Job") -> Extract:
         child: _Child | None = getattr(self._mine, "child", None)
         if child is None or not child.is_alive:
             self._drop(child)
@@ -72,7 +82,7 @@ class Extractor:
                 return _NO_PROCESS
             self._mine.child = child
             self._all.add(child)
-        found = child.extract(page, self._deadline_s)
+        found = job.run(child, self._deadline_s)
         if not child.is_alive:
             self._drop(child)
         return found
@@ -82,6 +92,34 @@ class Extractor:
         if child is not None:
             child.end()
             self._all.discard(child)
+
+
+class _Job:
+    """One page, which may be given up by another thread than that which reads it."""
+
+    def __init__(self, page: Page) -> None:
+        self._page = page
+        self._lock = threading.Lock()
+        self._child: _Child | None = None
+        self._is_cancelled = False
+
+    def run(self, child: "_Child", deadline_s: float) -> Extract:
+        with self._lock:
+            if self._is_cancelled:
+                return _DIED
+            self._child = child
+        try:
+            return child.extract(self._page, deadline_s)
+        finally:
+            # From here on it may be at another page.
+            with self._lock:
+                self._child = None
+
+    def cancel(self) -> None:
+        with self._lock:
+            self._is_cancelled = True
+            if self._child is not None:
+                self._child.kill()
 
 
 class _Child:
@@ -120,6 +158,9 @@ class _Child:
         self._process.kill()
         self._process.wait()
         return _TOO_SLOW if is_late.is_set() else _DIED
+
+    def kill(self) -> None:
+        self._process.kill()
 
     def end(self) -> None:
         """Kill it; this may be called more than once, and by another thread."""

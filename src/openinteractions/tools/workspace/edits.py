@@ -34,14 +34,15 @@ class Edited:
     def report(self) -> str:
         """What was done, and the changed lines with some around them."""
         start, end = self.places[0]
-        lines = self.text.split("\n")
-        first, last = _line_at(self.text, start), _line_at(self.text, max(start, end - 1))
-        begin, stop = max(1, first - _AROUND), min(len(lines), last + _AROUND)
-        shown = [line.removesuffix("\r") for line in lines[begin - 1 : stop]]
-        if stop == len(lines) and len(shown) > 1 and not shown[-1]:
-            shown.pop()
-        excerpt = words.numbered(shown[:_MAX_SHOWN], begin, most_characters=_MAX_LINE)
-        left_out = len(shown) - _MAX_SHOWN
+        left, right = _around(self.text, start, max(start, end - 1))
+        region = self.text[left:right]
+        if right == len(self.text):
+            region = region.removesuffix("\n")
+        count = region.count("\n") + 1
+        begin = _line_at(self.text, start) - self.text.count("\n", left, start)
+        shown = [line.removesuffix("\r") for line in region.split("\n", _MAX_SHOWN)[:_MAX_SHOWN]]
+        excerpt = words.numbered(shown, begin, most_characters=_MAX_LINE)
+        left_out = count - len(shown)
         # A byte that is no UTF-8 must not get into a result.
         excerpt = excerpt.encode(errors="replace").decode()
         return (
@@ -209,6 +210,15 @@ def _ambiguous(text: str, matches: _Matches) -> str:
         f"'old_text' is in the file {matches.count} times, at lines {lines}{more}. Add lines "
         "before or after the one that you mean until it is unique, or set replace_all=true."
     )
+
+
+def _around(text: str, first: int, last: int) -> tuple[int, int]:
+    """From where to where the lines go that have two characters, and a few lines around them."""
+    left, right = first, last
+    for _ in range(_AROUND + 1):
+        left = text.rfind("\n", 0, max(left, 0))
+        right = text.find("\n", right) + 1 or len(text) + 1
+    return left + 1, right - 1
 
 
 def _line_at(text: str, index: int) -> int:
