@@ -142,7 +142,7 @@ class _GuardedResolver(AbstractResolver):
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(_LOOKUP_S):
-                found = await loop.run_in_executor(None, look_up)
+                found = await loop.run_in_executor(self._threads, look_up)
         except TimeoutError as error:
             raise Unreachable(
                 f"The name '{host}' could not be looked up within {_LOOKUP_S:g} seconds."

@@ -4,10 +4,12 @@ The api and the worker are the same process with other tasks in it; a small set-
 """
 
 import asyncio
+import importlib
 import ssl
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import aiohttp
 import structlog
@@ -33,13 +35,15 @@ from openinteractions.runs.equip import Equipment
 from openinteractions.runs.executor import Executor
 from openinteractions.runs.history import Cache
 from openinteractions.runs.house import House
-from openinteractions.runs.mcp import McpServers
 from openinteractions.runs.search import SearchBackend, SearchOptions
 from openinteractions.runs.web import Reaches
 from openinteractions.sandbox.client import BrokerClient
 from openinteractions.sandbox.egress.policy import Reach
 from openinteractions.settings import SandboxSettings, SearchSettings, Settings
 from openinteractions.worker import deliver, run, upkeep
+
+if TYPE_CHECKING:
+    from openinteractions.runs.mcp import McpServers
 
 _log = structlog.get_logger(__name__)
 
@@ -205,12 +209,24 @@ def _agent_models(settings: Settings) -> list[str]:
     return [model for model in wanted if model is not None] + ["local/default"]
 
 
-def _mcp(settings: Settings, guard: Guard, vault: Vault, stack: AsyncExitStack) -> McpServers:
+def _mcp(
+    settings: Settings, guard: Guard, vault: Vault, stack: AsyncExitStack
+) -> Callable[[], Awaitable["McpServers"]]:
+    """The way to MCP servers, for whoever needs it first: its library is large."""
     # Calls of tools take their time: they are not to hold up everybody's fetches.
     slow = Fetcher(guard, max_bytes=settings.limits.max_fetch_bytes, connections=1000)
     stack.push_async_callback(slow.close)
     ceiling = settings.sandbox.ceiling
-    return McpServers(slow, vault, ceiling=Reach(ceiling.mode, ceiling.domains))
+    made: list[McpServers] = []
+
+    async def opened() -> "McpServers":
+        if not made:
+            module = await asyncio.to_thread(importlib.import_module, "openinteractions.runs.mcp")
+            reach = Reach(ceiling.mode, ceiling.domains)
+            made.append(module.McpServers(slow, vault, ceiling=reach))
+        return made[0]
+
+    return opened
 
 
 def _reaches(

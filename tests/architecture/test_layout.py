@@ -175,3 +175,14 @@ def test_every_error_has_a_code_of_its_own():
 def test_request_errors_are_the_callers_or_ask_to_retry():
     for kind in all_errors(errors.RequestError):
         assert 400 <= kind.status < 500 or issubclass(kind, errors.Unready)
+
+
+def test_a_process_loads_large_libraries_only_where_they_are_needed():
+    """They would be in the memory of every api and worker: pages are read in children."""
+    program = "import sys, openinteractions.app; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=60
+    ).stdout.split()
+    large = {"google.genai", "lxml", "mcp", "httpx2", "pypdf", "trafilatura", "xllamacpp"}
+    assert "openinteractions.app" in loaded
+    assert not large & set(loaded)

@@ -259,7 +259,6 @@ async def test_a_backend_that_is_away_or_silent(engines, session):
 async def test_without_a_backend_the_reason_is_said():
     fetcher = Fetcher(Guard(), max_bytes=1000)
     reaches = Reaches(fetcher, None, default=Reach(), ceiling=Reach())
-    assert not reaches.can_search
     assert reaches.search_types == frozenset()
     with pytest.raises(Invalid, match=r"search\.kind"):
         await reaches.web().search("x", kind="web_search", limit=5)

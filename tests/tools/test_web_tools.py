@@ -18,7 +18,7 @@ from openinteractions.sandbox.egress.policy import Reach
 from openinteractions.tools.port import Call, Hit, Means, Page
 from openinteractions.tools.toolbox import toolbox
 from openinteractions.tools.web import extractor, url_context
-from openinteractions.tools.web.pages import Extract
+from openinteractions.tools.web.extract import Extract
 from openinteractions.tools.web.search import GoogleSearch
 from openinteractions.tools.web.url_context import UrlContext
 

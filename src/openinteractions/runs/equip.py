@@ -1,8 +1,9 @@
 """What a run works with: its tools, connected, and what its environment's files tell it."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 import structlog
@@ -13,13 +14,15 @@ from openinteractions.models.port import Json
 from openinteractions.resources.environments.service import Environments
 from openinteractions.runs.agents import guidance, prompt
 from openinteractions.runs.agents.guidance import Guidance
-from openinteractions.runs.mcp import McpServers
 from openinteractions.runs.web import Reaches
 from openinteractions.runs.workplace import RemoteWorkplace
 from openinteractions.tools.hooks import hooked
-from openinteractions.tools.port import Means, Web, Workplace
+from openinteractions.tools.port import McpServer, Means, Web, Workplace
 from openinteractions.tools.toolbox import Toolbox, toolbox
 from openinteractions.wire.environments import environment_id
+
+if TYPE_CHECKING:
+    from openinteractions.runs.mcp import McpServers
 
 _log = structlog.get_logger(__name__)
 
@@ -56,7 +59,8 @@ class Equipment:
 
     sandboxes: Environments
     web: Reaches
-    mcp: McpServers
+    mcp: Callable[[], Awaitable["McpServers"]]
+    """Loaded where a request names such a server."""
 
     @asynccontextmanager
     async def kit(self, run: Run) -> AsyncGenerator[Kit]:
@@ -67,7 +71,7 @@ class Equipment:
             return
         place = self._workplace(run)
         found, failure = await self._guidance(run, place)
-        async with self.mcp.servers(run.project_id, spec.own_tools, run.secrets) as servers:
+        async with self._servers(run) as servers:
             means = Means(workplace=place, web=self._web(run), servers=servers)
             tools = toolbox(spec.own_tools, means)
             if found.hooks and run.environment_id is not None:
@@ -78,6 +82,17 @@ class Equipment:
             if spec.system is not None:
                 spec = replace(spec, system=prompt.guided(spec.system, found))
             yield Kit(spec=spec, tools=tools, failure=failure)
+
+    @asynccontextmanager
+    async def _servers(self, run: Run) -> AsyncGenerator[Mapping[str, McpServer]]:
+        """The MCP servers that the run's tools belong to, by name."""
+        entries = run.spec.own_tools
+        if not any(entry["type"] == "mcp_server" for entry in entries):
+            yield {}
+            return
+        mcp = await self.mcp()
+        async with mcp.servers(run.project_id, entries, run.secrets) as servers:
+            yield servers
 
     async def _guidance(
         self, run: Run, place: Workplace | None

@@ -100,7 +100,8 @@ class House:
         entries: Mapping[int, Json] = {}
         secrets: Json | None = None
         if any(tool["type"] == "mcp_server" for tool in tools):
-            entries, secrets = await self.equipment.mcp.prepared(project_id, tools)
+            mcp = await self.equipment.mcp()
+            entries, secrets = await mcp.prepared(project_id, tools)
         return Powers(
             vendor_runs_code=self.vendor_runs_code,
             search_types=self.equipment.web.search_types,

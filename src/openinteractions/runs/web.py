@@ -21,7 +21,7 @@ _HEADERS: Final = {
     "Accept": "text/html,application/xhtml+xml,application/pdf;q=0.9,text/*;q=0.8,*/*;q=0.7",
     "Accept-Language": "en;q=0.9,*;q=0.5",
 }
-NO_SEARCH: Final = (
+_NO_SEARCH: Final = (
     "This server cannot search the web: its operator has to configure a search backend "
     "(setting search.kind)."
 )
@@ -50,11 +50,6 @@ class Reaches:
         self._backend = backend
         self._default = default
         self._ceiling = ceiling
-
-    @property
-    def can_search(self) -> bool:
-        """Whether there is a search backend."""
-        return self._backend is not None
 
     @property
     def search_types(self) -> frozenset[str]:
@@ -108,7 +103,7 @@ class RunWeb:
     async def search(self, query: str, *, kind: str, limit: int) -> Sequence[Hit]:
         """Ask the operator's backend. It is no place that a model can choose, so no rule holds."""
         if self._backend is None:
-            raise Invalid(NO_SEARCH)
+            raise Invalid(_NO_SEARCH)
         return await self._backend.search(query, kind=kind, limit=limit)
 
 

@@ -15,7 +15,8 @@ import struct
 
 import orjson
 
-from openinteractions.tools.web.pages import Extract, extract
+from openinteractions.tools.web.extract import Extract
+from openinteractions.tools.web.pages import extract
 
 _IDLE_S = 120.0
 _MEMORY_BYTES = 2 * 2**30

@@ -20,7 +20,7 @@ from typing import Final
 import orjson
 
 from openinteractions.tools.port import Page
-from openinteractions.tools.web.pages import Extract
+from openinteractions.tools.web.extract import Extract
 
 DEADLINE_S: Final = 20.0
 """Longest that one page is read."""

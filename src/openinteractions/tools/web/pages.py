@@ -10,7 +10,6 @@ import signal
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import FrameType
 
 import orjson
@@ -19,6 +18,7 @@ import trafilatura
 from pypdf.errors import PyPdfError
 from trafilatura.utils import detect_encoding
 
+from openinteractions.tools.web.extract import Extract
 from openinteractions.tools.web.markdown import Element, flat, markdown, parsed
 
 MAX_CHARS = 2_000_000
@@ -67,20 +67,6 @@ _NEEDS_SCRIPTS = (
     "The page seems to be built by JavaScript, which does not run here: there may be more on it. "
     "Open it with the browser tool if you have one."
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Extract:
-    """The text of a page."""
-
-    text: str = ""
-    title: str | None = None
-    message: str | None = None
-    """What a reader should know about it."""
-    is_paid: bool = False
-    """Only a teaser of it can be read without paying."""
-    is_readable: bool = True
-    """Whether it is something that has text, or a picture."""
 
 
 class _TooSlow(BaseException):

@@ -13,8 +13,8 @@ from openinteractions.models.port import Json, ToolCall
 from openinteractions.netguard import Refused, Unwelcome
 from openinteractions.tools.port import Call, Means, Page, Tool, Web
 from openinteractions.tools.web import extractor
+from openinteractions.tools.web.extract import Extract
 from openinteractions.tools.web.extractor import Extractor
-from openinteractions.tools.web.pages import Extract
 
 NAME = "url_context"
 MAX_URLS = 20
