@@ -243,6 +243,9 @@ async def test_what_is_held_of_pages_is_bounded_for_a_process_and_for_a_run():
     assert max(most[f"large of {name}"] for name in tools) <= 2
     assert max(most[f"readers of {name}"] for name in tools) == max(1, extractor.PROCESSES - 1)
     assert not any(library.held.values())
+    alone = Library()
+    await read(UrlContext(alone, reader=alone), *[f"http://a/{n}big" for n in range(20)])
+    assert (alone.most["pages"], alone.most["large"]) == (4, 2)
 
 
 async def test_pages_that_do_not_come_take_no_room(monkeypatch):

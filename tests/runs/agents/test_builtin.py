@@ -1,10 +1,12 @@
 """What the ids of agents stand for."""
 
 import dataclasses
+from typing import get_args
 
 import pytest
 
 from openinteractions.runs.agents.builtin import BUILTINS, find
+from openinteractions.wire.agents import BUILT_IN, BaseAgent
 
 GENERAL = [
     "antigravity",
@@ -65,3 +67,10 @@ def test_others_are_not_built_in():
 def test_nobody_changes_them():
     with pytest.raises(dataclasses.FrozenInstanceError):
         BUILTINS["antigravity"].kind = "research"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_the_wires_lists_are_those_of_the_agents_that_there_are():
+    general = {agent.id for agent in BUILTINS.values() if agent.kind == "general"}
+    assert set(get_args(get_args(BaseAgent)[0])) == general
+    # The prefix is reserved.
+    assert {name for name in BUILTINS if not name.startswith("antigravity-")} <= BUILT_IN
