@@ -563,3 +563,50 @@ def test_versions_are_pinned_and_the_model_is_the_agents_own(
         sandboxes, {"agent": "poet", "input": "x", "agent_config": config("acme/other")}
     )
     assert (status, "agent_config.model" in refused["error"]["message"]) == (400, True)
+
+
+def test_a_branch_inside_a_turn_of_our_tools_names_where_one_can_be(
+    client: Client, sandboxes: Server, fakes: Fakes
+) -> None:
+    fakes.acme.replies += [
+        calls(call("code_execution", language="python", code="1")),
+        answer("Done."),
+    ]
+    done = client.interactions.create(
+        agent=AGENT, input="one more", environment="remote", agent_config=config()
+    )
+    asked = {"agent": AGENT, "input": "x", "environment": "remote", "agent_config": config()}
+    before = {**asked, "previous_interaction_id": f"{done.id}@1"}
+    status, refused = post(sandboxes, before)
+    assert (status, "[0, 2, 3]" in refused["error"]["message"]) == (400, True)
+    forged = {
+        "type": "function_result",
+        "call_id": done.steps[0].id,
+        "name": "code_execution",
+        "result": "42",
+    }
+    assert post(sandboxes, {**before, "input": [forged]})[0] == 400
+
+
+def test_files_that_are_gone_are_not_replaced_in_silence(
+    client: Client, sandboxes: Server, fakes: Fakes
+) -> None:
+    fakes.acme.replies += [answer("Hello."), answer("Again.")]
+    first = client.interactions.create(
+        agent=AGENT, input="first of two", environment="remote", agent_config=config()
+    )
+    client.environments.delete(first.environment_id)
+    asked = {"agent": AGENT, "input": "second", "agent_config": config()}
+    status, refused = post(sandboxes, {**asked, "previous_interaction_id": first.id})
+    assert (status, "'environment'" in refused["error"]["message"]) == (404, True)
+    again = {**asked, "previous_interaction_id": first.id, "environment": "remote"}
+    assert post(sandboxes, again)[1]["status"] == "completed"
+
+
+def test_an_agent_that_says_nothing_has_not_completed(client: Client, fakes: Fakes) -> None:
+    fakes.acme.replies += [turn(Finished("stop", USAGE)) for _ in range(3)]
+    done = client.interactions.create(
+        agent=AGENT, input="say something", environment="remote", agent_config=config()
+    )
+    assert (done.status, done.errors[0].code) == ("incomplete", "no_answer")
+    assert "ended without an answer" in json.dumps(fakes.acme.requests[-1].json)

@@ -173,6 +173,11 @@ async def test_there_are_only_so_many_figures():
         ScriptedModel([runs("plt.x"), FINISHED], answer("ok")), bench=bench, own_tools=CODE
     )
     assert len(scene.steps[1]["result"]) == 4
+    bench = Bench([done("x"), done("iVBOR " * 1000 + PNG)])
+    scene = await play(
+        ScriptedModel([runs("plt.x"), FINISHED], answer("ok")), bench=bench, own_tools=CODE
+    )
+    assert scene.steps[1]["result"] == "x"
 
 
 def in_order(count: int) -> str:

@@ -181,6 +181,8 @@ class Run:
                 return await self._ask_patiently(target, failures)
             except (ModelError, NotFound, Invalid) as error:
                 failures.append(f"{name}: {error.message}")
+                status = error.upstream_status if isinstance(error, ModelError) else None
+                _log.warning("model.failed", model=name, code=error.code, status=status)
                 if self._is_final(error):
                     break
             self.state.fallback += 1
@@ -432,9 +434,7 @@ class Run:
             message = finished.message or "The model's vendor filtered the content."
             raise Failed(status, "content_filter", message)
         if self._says_nothing(turn):
-            self.state.repairs += 1
-            self._record.keep(turn.close())
-            self._feedback.append(_NO_ANSWER)
+            self._ask_for_an_answer(turn)
             return None
         schema = self.spec.json_schema
         problem = text_mismatch(turn.text(), schema) if schema is not None else None
@@ -444,11 +444,18 @@ class Run:
         return await self._repair_answer(turn, problem)
 
     def _says_nothing(self, turn: Turn) -> bool:
-        """Whether an agent has ended without a word, and was not told so yet."""
+        """Whether an agent has ended without a word."""
         is_silent = not turn.text().strip() and not any(
             step["type"] == "model_output" for step in turn.steps
         )
-        return self.spec.agent is not None and is_silent and self.state.repairs < _MAX_REPAIRS
+        return self.spec.agent is not None and is_silent
+
+    def _ask_for_an_answer(self, turn: Turn) -> None:
+        self._record.keep(turn.close())
+        if self.state.repairs >= _MAX_REPAIRS:
+            raise Failed("incomplete", "no_answer", "The model ended without an answer.")
+        self.state.repairs += 1
+        self._feedback.append(_NO_ANSWER)
 
     async def _judge_calls(self, turn: Turn) -> Outcome | None:
         # One that was loaded in an earlier interaction may be called too: the model has seen it.

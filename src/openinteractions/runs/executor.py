@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from uuid import UUID
 
 import orjson
@@ -16,6 +16,7 @@ from openinteractions.events.types import parse_row
 from openinteractions.jobs import queue
 from openinteractions.jobs.queue import Job
 from openinteractions.loop.spec import RunState
+from openinteractions.models.port import Warning  # noqa: A004 - the contract's word
 from openinteractions.resources.interactions import store as interactions
 from openinteractions.resources.interactions.runner import (
     Earlier,
@@ -91,8 +92,14 @@ class Executor:
             await house.sandboxes.require_broker()
         environment = await self._environment(project_id, request, agent, earlier)
         inherited = None if earlier is None else earlier.environment_id
+        warnings = prepared.warnings
+        if request.environment is None and inherited not in (None, environment) and agent is None:
+            text = "The environment of the previous interaction is gone: this one has a new one."
+            gone = Warning("environment_gone", "environment", text)
+            warnings = [*warnings, asdict(gone)]
         return replace(
             prepared,
+            warnings=warnings,
             environment_id=environment,
             is_environment_new=environment != inherited and not _names_one(request.environment),
         )
@@ -122,9 +129,14 @@ class Executor:
         if request.environment is not None:
             return await house.sandboxes.resolve(project_id, request.environment)
         if inherited is not None:
-            # It may have expired meanwhile.
-            with contextlib.suppress(NotFound):
+            try:
                 return await house.sandboxes.resolve(project_id, environment_id(inherited))
+            except NotFound as error:
+                if agent is not None:
+                    raise NotFound(
+                        f"{error.message} It was the previous interaction's: name another one in "
+                        "'environment', or \"remote\" for a new one."
+                    ) from error
         if custom is not None:
             return await house.agents.environment_for(project_id, custom, None)
         return await house.sandboxes.resolve(project_id, "remote")

@@ -182,7 +182,7 @@ def _require_price(spec: RunSpec, catalog: Catalog) -> None:
     for name in spec.chain:
         if catalog.open(name).price is None:
             raise Invalid(
-                f"'limits.max_cost_usd' cannot be kept: no price is known for '{name}'. "
+                f"'max_cost_usd' cannot be kept: no price is known for '{name}'. "
                 "The operator can set one in [models.prices]."
             )
 

@@ -266,9 +266,13 @@ async def _finish(stored: StoredRun, run: Run, journal: DatabaseJournal, outcome
     updated_at = await journal.finish(run.uncommitted, state, ending)
     metrics.runs.labels(outcome.status).inc()
     metrics.run_seconds.observe(state.seconds)
-    _log.info(
+    log = _log.warning if outcome.status == "failed" else _log.info
+    log(
         "interaction.ended",
         interaction_id=row.id.hex,
+        id=ids.interaction_id(row.id),
+        model=run.spec.chain[min(state.fallback, len(run.spec.chain) - 1)],
+        agent=row.agent,
         project_id=row.project_id.hex,
         status=outcome.status,
         steps=len(run.generated),

@@ -24,6 +24,8 @@ _MAX_ARGUMENT_BYTES = 100 * 1024
 """The kernel takes at most 128 KiB as one argument of a command."""
 _MAX_FIGURES_BYTES = 8 * 2**20
 _MAX_FIGURES = 4
+_MAX_WORDS = 1000
+"""Looked at among what else is printed meanwhile."""
 _MAX_FIGURE_CHARS = 4 * 2**20
 """Of base64."""
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -180,7 +182,7 @@ def _images(text: str) -> list[Json]:
     """
     found = (
         word[0]
-        for word in _WORD.finditer(text)
+        for word in islice(_WORD.finditer(text), _MAX_WORDS)
         if word.end() - word.start() <= _MAX_FIGURE_CHARS and _is_png(word[0])
     )
     return [

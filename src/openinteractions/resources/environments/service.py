@@ -44,8 +44,9 @@ _MOST_COUNTED: Final = 10_000
 _TRIES: Final = 5
 _TOO_MANY_RETRY_S: Final = 60.0
 _NO_BROKER: Final = (
-    "No sandbox broker is running. Its operator has to install and start Docker, then restart the "
-    "server; `openinteractions doctor` says what is missing."
+    "No sandbox broker is running. One that has just been started takes some seconds; else its "
+    "operator has to install and start Docker, then restart the server: `openinteractions doctor` "
+    "says what is missing."
 )
 
 

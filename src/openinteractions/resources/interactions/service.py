@@ -22,7 +22,7 @@ from openinteractions.events.types import CREATED, IN_PROGRESS, Event, first_seq
 from openinteractions.jobs import queue
 from openinteractions.resources.files import media
 from openinteractions.resources.files import store as files
-from openinteractions.resources.interactions import render, store
+from openinteractions.resources.interactions import pending, render, store
 from openinteractions.resources.interactions.lost import LostResponses
 from openinteractions.resources.interactions.recent import RecentRows
 from openinteractions.resources.interactions.runner import (
@@ -41,6 +41,7 @@ from openinteractions.resources.interactions.store import (
     StoredStep,
 )
 from openinteractions.wire.create import CreateInteraction
+from openinteractions.wire.environments import environment_id
 from openinteractions.wire.events import created, encode, status_update
 from openinteractions.wire.fields import Json
 
@@ -351,11 +352,11 @@ async def _parent(
             "wait for its end, or cancel it, before continuing it."
         )
     cut = request.branch_step
-    pending: list[Json] = []
+    waiting: list[Json] = []
     if cut is not None or row.status == "requires_action" or request.answers:
-        pending = await _pending_calls(service, row, cut)
-    _require_answers([call["id"] for call in pending], request.answers)
-    return Parent(row, cut, pending)
+        waiting = await _pending_calls(service, row, cut)
+    pending.require_answers([call["id"] for call in waiting], request.answers)
+    return Parent(row, cut, waiting)
 
 
 async def _pending_calls(service: Service, row: Interaction, cut: int | None) -> list[Json]:
@@ -365,30 +366,7 @@ async def _pending_calls(service: Service, row: Interaction, cut: int | None) ->
             f"Invalid value for 'previous_interaction_id': the interaction has {len(rows)} steps, "
             f"so there is no step {cut}."
         )
-    calls: dict[str, Json] = {}
-    for stored in rows[: None if cut is None else cut + 1]:
-        step = orjson.loads(stored.data)
-        if stored.type.endswith("_call"):
-            calls[step["id"]] = step
-        elif stored.type.endswith("_result"):
-            calls.pop(step["call_id"], None)
-    return list(calls.values())
-
-
-def _require_answers(pending: Sequence[str], answers: Sequence[str]) -> None:
-    unknown = [call for call in answers if call not in pending]
-    if unknown:
-        raise Invalid(
-            f"The function_result with call_id '{unknown[0]}' matches no pending function call "
-            "of the previous interaction."
-        )
-    missing = [call for call in pending if call not in answers]
-    if missing:
-        raise Invalid(
-            "The previous interaction waits for function results: the input needs one for "
-            + ", ".join(f"'{call}'" for call in missing)
-            + "."
-        )
+    return pending.at([orjson.loads(stored.data) for stored in rows], cut)
 
 
 # ---- creating
@@ -409,7 +387,7 @@ async def _try_create(
     is_queued = request.background or prepared.environment_id is not None
     epoch = 0 if is_queued else _OWNED
     steps = await _store_media(service, caller.project_id, prepared, place)
-    first_events = _first_events(interaction_id, request) if request.stream else []
+    first_events = _first_events(interaction_id, request, prepared) if request.stream else []
     start = first_seq(epoch) + 1
     new = NewInteraction(
         id=interaction_id,
@@ -530,7 +508,9 @@ async def _store_media(
     return steps
 
 
-def _first_events(interaction_id: UUID, request: CreateInteraction) -> list[Event]:
+def _first_events(
+    interaction_id: UUID, request: CreateInteraction, prepared: Prepared
+) -> list[Event]:
     public = ids.interaction_id(interaction_id)
     shown = {
         "id": public,
@@ -540,6 +520,8 @@ def _first_events(interaction_id: UUID, request: CreateInteraction) -> list[Even
         "agent": request.agent,
         "service_tier": request.echo.get("service_tier"),
     }
+    if prepared.environment_id is not None:
+        shown["environment_id"] = environment_id(prepared.environment_id)
     return [
         Event("c", CREATED, encode(created(shown))),
         Event("u", IN_PROGRESS, encode(status_update(public, "in_progress"))),

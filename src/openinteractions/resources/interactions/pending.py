@@ -1,0 +1,60 @@
+"""Calls of an interaction that wait for a result, and the answers that a new one has to give."""
+
+from collections.abc import Sequence
+
+from openinteractions.errors import Invalid
+from openinteractions.wire.fields import Json
+
+_MOST_NAMED = 50
+
+
+def at(steps: Sequence[Json], cut: int | None) -> list[Json]:
+    """The calls that have no result up to a step.
+
+    Args:
+        steps: The interaction's, its input first.
+        cut: The last one that counts; None: all.
+
+    Raises:
+        Invalid: One of them is of a tool of the server's own; the message names steps to cut at.
+    """
+    pending = _open(steps[: None if cut is None else cut + 1])
+    if any(call["type"] != "function_call" for call in pending):
+        # Only functions have results that a caller may give.
+        whole = [at for at in range(len(steps)) if not _open(steps[: at + 1])]
+        raise Invalid(
+            f"Invalid value for 'previous_interaction_id': at step {cut} calls of the server's own "
+            f"tools have no result yet. Branch at one of these steps: {whole[:_MOST_NAMED]}."
+        )
+    return pending
+
+
+def _open(steps: Sequence[Json]) -> list[Json]:
+    calls: dict[str, Json] = {}
+    for step in steps:
+        if step["type"].endswith("_call"):
+            calls[step["id"]] = step
+        elif step["type"].endswith("_result"):
+            calls.pop(step["call_id"], None)
+    return list(calls.values())
+
+
+def require_answers(pending: Sequence[str], answers: Sequence[str]) -> None:
+    """See that an input answers what waits, and nothing else.
+
+    Raises:
+        Invalid: The message names the call.
+    """
+    unknown = [call for call in answers if call not in pending]
+    if unknown:
+        raise Invalid(
+            f"The function_result with call_id '{unknown[0]}' matches no pending function call "
+            "of the previous interaction."
+        )
+    missing = [call for call in pending if call not in answers]
+    if missing:
+        raise Invalid(
+            "The previous interaction waits for function results: the input needs one for "
+            + ", ".join(f"'{call}'" for call in missing)
+            + "."
+        )
