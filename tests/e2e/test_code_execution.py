@@ -144,10 +144,14 @@ def test_in_the_background_and_cancelled(client: Client, fakes: Fakes, sandboxes
 def test_what_is_not_stored_leaves_no_sandbox(
     client: Client, fakes: Fakes, sandboxes: Server
 ) -> None:
-    fakes.acme.replies += [calls(runs("print('once')")), answer("ok")]
+    # The second one's output becomes a file: a change by a run that has no job.
+    two = runs("print('once')"), runs("print('x' * 50_000)", call_id="call_b")
+    fakes.acme.replies += [calls(*two), answer("ok")]
     before = sandboxes.fetch("select count(*) from environments where deleted_at is null")[0][0]
     done = client.interactions.create(model="acme/m", input="x", tools=CODE, store=False)
-    assert done.steps[1].result == "once\n"
+    said = [step.result for step in done.steps if step.type == "code_execution_result"]
+    assert said[0] == "once\n"
+    assert "the whole output is in " in said[1]
     after = sandboxes.fetch("select count(*) from environments where deleted_at is null")[0][0]
     assert after == before
 
