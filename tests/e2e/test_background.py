@@ -280,6 +280,8 @@ def test_without_a_worker_a_run_waits_and_is_cancelled(upstreams: Fakes) -> None
         assert ended(client, wanted.id).output_text == "ok"
         report = server.run("doctor")
         assert report.returncode == 0, report.stdout + report.stderr
+        assert "agents think with Gemini" in report.stdout
+        assert "web search: Gemini's own only" in report.stdout
         assert len(upstreams.acme.requests) == 1
         nowhere = "postgresql://postgres@127.0.0.1:9/none"
         report = server.run("doctor", DATABASE_URL=nowhere)

@@ -51,11 +51,31 @@ def _machine(settings: Settings) -> Iterator[Finding]:
             "no provider is configured: only the local model can answer",
             "set OPENAI_API_KEY, GEMINI_API_KEY or ANTHROPIC_API_KEY, or add [providers.<name>]",
         )
+    yield _agents(settings)
+    kind = settings.search.kind
+    yield Finding(
+        OK, "web search: Gemini's own only" if kind is None else f"web search: Gemini's own, {kind}"
+    )
     home = settings.home()
     if home.exists():
         free = shutil.disk_usage(home).free
         level = OK if free > _LEAST_FREE_BYTES else WARN
         yield Finding(level, f"{free / 2**30:.1f} GiB are free in {home}")
+
+
+def _agents(settings: Settings) -> Finding:
+    """What agents think with that name no model."""
+    chosen = settings.agents.model or settings.models.default
+    has_gemini = any(provider.kind == "gemini" for provider in settings.providers.values())
+    if settings.agents.model is None and has_gemini:
+        return Finding(OK, "agents think with Gemini, as the hosted ones do (agents.model)")
+    if chosen is not None:
+        return Finding(OK, f"agents think with {chosen} (agents.model)")
+    return Finding(
+        WARN,
+        "agents that name no model have only the local one, which is too small for most tasks",
+        "set agents.model to a model of your provider",
+    )
 
 
 async def _database(settings: Settings, database: Database) -> list[Finding]:
