@@ -1,7 +1,7 @@
 """A server with a broker that has real disks and files, and no engine for sandboxes."""
 
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from openinteractions.errors import NotFound
 from openinteractions.resources.environments.store import set_disk
 from openinteractions.sandbox.disk import Disks
 from openinteractions.sandbox.files.tree import Tree
+from openinteractions.sandbox.port import Owner
 
 SOCKET = "broker.sock"
 
@@ -133,9 +134,12 @@ def _app(stand: Stand) -> web.Application:
     async def refresh(request: web.Request) -> web.Response:
         return web.json_response({})
 
+    def nobody(_env: str, owner: Owner) -> AbstractAsyncContextManager[None]:
+        raise AssertionError(f"no run writes here, but {owner} did")
+
     app.router.add_put(env, ensure)
     app.router.add_delete(env, delete)
     app.router.add_get(env + "/usage", usage)
     app.router.add_post(env + "/refresh", refresh)
-    add_file_routes(app.router, open_tree)
+    add_file_routes(app.router, open_tree, nobody)
     return app
