@@ -94,7 +94,8 @@ class FakeUpstream:
         """Listen on a free loopback port until the context ends."""
         app = web.Application(client_max_size=512 * 2**20)
         app.router.add_route("*", "/{path:.*}", self._answer)
-        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        # Who goes away is not answered any more: `open` counts those that are there.
+        runner = web.AppRunner(app, shutdown_timeout=0.1, handler_cancellation=True)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()

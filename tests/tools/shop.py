@@ -69,7 +69,7 @@ Ask</button>
 <button onclick="document.title='reached'">Under</button>
 <div style="position:fixed;inset:0;background:#fff8">We use cookies</div>""",
     "/later": HEAD.format("Later") + """
-<p id=p>not yet<script>setTimeout(() => { p.textContent = 'There it is' }, 2500)</script>""",
+<p id=p>not yet<script>setTimeout(() => { p.textContent = 'There it is' }, 6000)</script>""",
     "/tall": HEAD.format("Tall") + "<p>".join(f"paragraph {n} " + "word " * 30 for n in range(300))
     + "<a href='/'>last link</a>",
     "/chatty": HEAD.format("Chatty") + "<p>talks<script>"
