@@ -1,14 +1,64 @@
-"""From a run's spec to one call of a model."""
+"""One call of a model: from a run's spec, into a turn, onto the account."""
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
 
+from openinteractions.errors import ModelUnavailable
 from openinteractions.loop import deferred
 from openinteractions.loop.limits import estimate_tokens
+from openinteractions.loop.meter import Meter
 from openinteractions.loop.spec import RunSpec
+from openinteractions.loop.turn import Turn
 from openinteractions.models.catalog import Target
-from openinteractions.models.port import Json, ModelCall
+from openinteractions.models.port import Json, Media, ModelCall
 from openinteractions.tools.port import Means
 from openinteractions.tools.toolbox import toolbox
+
+
+class Account(Protocol):
+    """Counts what a call has taken."""
+
+    def __call__(self, target: Target, usage: Json, *, is_metered: bool) -> Awaitable[None]:
+        """Add a call's usage to the run's."""
+        ...
+
+
+async def asked(
+    target: Target,
+    call: ModelCall,
+    turn: Turn,
+    account: Account,
+    *,
+    delivered: Callable[[Media], Awaitable[Media]] | None = None,
+) -> None:
+    """Have a model answer into a turn. What it took is accounted, however that ends.
+
+    Args:
+        target: Which model.
+        call: What it is asked.
+        turn: Takes the answer.
+        account: Counts what the call has taken.
+        delivered: What becomes of a medium before the turn takes it.
+
+    Raises:
+        ModelError: It did not answer, or not to the end.
+    """
+    usage: Json = {}
+    meter = Meter(target)
+    try:
+        async with meter, target.adapter.stream(call) as events:
+            async for event in events:
+                meter.event(event)
+                if delivered is not None and isinstance(event, Media):
+                    event = await delivered(event)  # noqa: PLW2901 - the turn's own form of it
+                turn.add(event)
+        if turn.finished is None:
+            raise ModelUnavailable("The upstream's answer ended early.")
+        usage = turn.finished.usage
+    finally:
+        is_metered = bool(usage) or not meter.has_begun
+        taken = usage if is_metered else _about(call, turn.text())
+        await account(target, taken, is_metered=is_metered)
 
 
 def call_for(
@@ -48,7 +98,7 @@ def call_for(
     )
 
 
-def about(call: ModelCall, said: str) -> Json:
+def _about(call: ModelCall, said: str) -> Json:
     """About what a call took that broke off before it said so."""
     given = estimate_tokens(call.messages, call.system, call.tools)
     written = len(said) // 4 + 1

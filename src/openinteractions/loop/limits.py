@@ -53,6 +53,12 @@ def cost_nanousd(usage: Mapping[str, Any], price: Price | None) -> int | None:
     )
 
 
+def worst_case(input_tokens: int, output_tokens: int, price: Price | None) -> dict[str, int]:
+    """The most that a call can take: `tokens`, and `nanousd` where a price is known."""
+    cost = input_tokens * price.input + output_tokens * price.output if price else 0
+    return {"tokens": input_tokens + output_tokens, "nanousd": round(cost)}
+
+
 def room_for_output(
     limits: Limits, state: RunState, *, input_tokens: int, price: Price | None
 ) -> int | None:

@@ -1,14 +1,13 @@
 """Making room in an agent's conversation: when to, and how the handover is asked for."""
 
-from collections.abc import Awaitable, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
 import structlog
 
 from openinteractions.errors import ContextOverflow, ModelError
 from openinteractions.loop import compaction
-from openinteractions.loop.limits import estimate_tokens, room_for_output
-from openinteractions.loop.meter import Meter
+from openinteractions.loop.asking import Account, asked
+from openinteractions.loop.limits import estimate_tokens, room_for_output, worst_case
 from openinteractions.loop.ports import Ports
 from openinteractions.loop.record import Record
 from openinteractions.loop.spec import RunSpec, RunState
@@ -19,14 +18,6 @@ from openinteractions.models.port import Json, ModelCall
 _log = structlog.get_logger(__name__)
 
 _TRIES = 2
-
-
-class Account(Protocol):
-    """Counts what a call has taken."""
-
-    def __call__(self, target: Target, usage: Json, *, is_metered: bool) -> Awaitable[None]:
-        """Add a call's usage to the run's."""
-        ...
 
 
 class Room:
@@ -74,18 +65,18 @@ class Room:
         earlier = await self._ports.history.steps(most)
         material = compaction.material(earlier, own)
         text = compaction.transcript(material, most)
-        answer = await self._asked(target, material, most)
+        answer = await self._asked(target, material, text)
         self._record.add(compaction.note(answer, text=text, window=window))
         await self._record.commit()
         _log.info("run.compacted", model=target.id, steps=len(own), is_written=bool(answer))
 
-    async def _asked(self, target: Target, material: Sequence[Json], most: int) -> str:
-        """The handover; empty where the model could not be asked."""
+    async def _asked(self, target: Target, material: Sequence[Json], text: str) -> str:
+        """The handover of a transcript; empty where the model could not be asked."""
         for _ in range(_TRIES):
             try:
-                return await self._answer(target, compaction.transcript(material, most))
+                return await self._answer(target, text)
             except ContextOverflow:
-                most //= 2
+                text = compaction.transcript(material, len(text) // 2)
             except ModelError as error:
                 _log.warning("run.handover_failed", model=target.id, error=error.message)
         return ""
@@ -102,24 +93,9 @@ class Room:
         given = estimate_tokens(call.messages, system)
         # The run's own limits hold for this call too.
         room_for_output(self._spec.limits, self._state, input_tokens=given, price=target.price)
-        worst = given + compaction.handover_tokens(window)
-        purse = self._ports.purse
-        if purse is not None:
-            price = target.price
-            cost = given * price.input + worst * price.output if price else 0
-            await purse.reserve(tokens=worst, nanousd=round(cost))
+        if self._ports.purse is not None:
+            output = compaction.handover_tokens(window)
+            await self._ports.purse.reserve(**worst_case(given, output, target.price))
         turn = Turn(None, first_index=0, provider=target.provider, model=target.model)
-        usage: Json = {}
-        try:
-            async with Meter(target) as meter, target.adapter.stream(call) as events:
-                async for event in events:
-                    meter.event(event)
-                    turn.add(event)
-        finally:
-            is_metered = turn.finished is not None
-            if turn.finished is not None:
-                usage = turn.finished.usage
-            else:
-                usage = {"total_input_tokens": given, "total_tokens": given}
-            await self._account(target, usage, is_metered=is_metered)
+        await asked(target, call, turn, self._account)
         return turn.text()

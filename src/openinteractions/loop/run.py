@@ -24,7 +24,7 @@ from openinteractions.errors import (
 )
 from openinteractions.loop import deferred, repeats
 from openinteractions.loop.approval import Asking, Supervised
-from openinteractions.loop.asking import about, call_for
+from openinteractions.loop.asking import asked, call_for
 from openinteractions.loop.calls import Calls
 from openinteractions.loop.citations import annotations, sources
 from openinteractions.loop.context import NOTE, compacts, open_calls, resumption_note
@@ -34,8 +34,8 @@ from openinteractions.loop.limits import (
     estimate_tokens,
     room_for_output,
     spent_tokens,
+    worst_case,
 )
-from openinteractions.loop.meter import Meter
 from openinteractions.loop.ports import Ports
 from openinteractions.loop.record import Record
 from openinteractions.loop.room import Room
@@ -277,21 +277,7 @@ class Run:
         if self._ports.purse is not None:
             await self._ports.purse.reserve(**worst)
         self._turn = turn
-        usage: Json = {}
-        meter = Meter(target)
-        try:
-            async with meter, target.adapter.stream(call) as events:
-                async for event in events:
-                    meter.event(event)
-                    turn.add(await self._delivered(event) if isinstance(event, Media) else event)
-            if turn.finished is None:
-                raise ModelUnavailable("The upstream's answer ended early.")
-            usage = turn.finished.usage
-        finally:
-            is_metered = bool(usage) or not meter.has_begun
-            await self._account(
-                target, usage if is_metered else about(call, turn.text()), is_metered=is_metered
-            )
+        await asked(target, call, turn, self._account, delivered=self._delivered)
         self._turn = None
 
     async def _delivered(self, event: Media) -> Media:
@@ -327,9 +313,7 @@ class Run:
             is_free=self._has_called,
         )
         output = int(generation.get("max_output_tokens") or 0)
-        price = target.price
-        worst = round(tokens * price.input + output * price.output) if price else 0
-        return call, {"tokens": tokens + output, "nanousd": worst}
+        return call, worst_case(tokens, output, target.price)
 
     def _declared(self) -> list[Json]:
         """What the model can call now."""

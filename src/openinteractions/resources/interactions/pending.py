@@ -21,12 +21,26 @@ def at(steps: Sequence[Json], cut: int | None) -> list[Json]:
     pending = _open(steps[: None if cut is None else cut + 1])
     if any(call["type"] != "function_call" for call in pending):
         # Only functions have results that a caller may give.
-        whole = [at for at in range(len(steps)) if not _open(steps[: at + 1])]
+        whole = _whole(steps)
         raise Invalid(
             f"Invalid value for 'previous_interaction_id': at step {cut} calls of the server's own "
             f"tools have no result yet. Branch at one of these steps: {whole[:_MOST_NAMED]}."
         )
     return pending
+
+
+def _whole(steps: Sequence[Json]) -> list[int]:
+    """The steps after which nothing waits for a result."""
+    waiting: set[str] = set()
+    found: list[int] = []
+    for index, step in enumerate(steps):
+        if step["type"].endswith("_call"):
+            waiting.add(step["id"])
+        elif step["type"].endswith("_result"):
+            waiting.discard(step["call_id"])
+        if not waiting:
+            found.append(index)
+    return found
 
 
 def _open(steps: Sequence[Json]) -> list[Json]:
