@@ -143,13 +143,14 @@ async def test_a_sandbox_that_lies_is_removed_and_the_others_are_taken_in(monkey
 
 
 async def test_sandboxes_that_answer_nothing_cost_their_time_once(monkeypatch):
-    monkeypatch.setattr(boots, "_ADOPT_S", 0.3)
+    monkeypatch.setattr(boots, "_ADOPT_S", 2.0)
     town = Town(monkeypatch, [Pipe(None) for _ in range(8)])
     began = time.monotonic()
     async with town.tasks.running():
         await town.boot.take_over()
         await asyncio.sleep(0)
-    assert time.monotonic() - began < 2
+    # One after the other it would be 16 s.
+    assert time.monotonic() - began < 10
     assert len(town.removed) == 8
 
 

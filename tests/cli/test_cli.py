@@ -145,7 +145,7 @@ def test_keys_while_a_server_runs(migrated):
         assert server.status(key) == 404
         assert server.status("oi_" + "0" * 43) == 401
         assert ran(migrated, "keys", "revoke", key) == f"revoked {key[:10]}…\n"
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while server.status(key) != 401 and time.monotonic() < deadline:
             time.sleep(0.05)
         assert server.status(key) == 401

@@ -53,7 +53,7 @@ def pages() -> Generator[Site]:
         f"/{year}": Served(PAGE.format(year=year, price=price), delay_s=0.5)
         for year, price in YEARS.items()
     }
-    made["/slow"] = Served(PAGE.format(year="1990", price="9000"), delay_s=8)
+    made["/slow"] = Served(PAGE.format(year="1990", price="9000"), delay_s=60)
     with serving_site(Site(made)) as site:
         yield site
 
@@ -395,7 +395,7 @@ def test_its_time_is_kept(researcher: Client, fakes: Fakes, pages: Site) -> None
     fakes.acme.replies.append(calls(ToolCall("c1", "url_context", slow)))
     began = time.monotonic()
     done = researched(researcher, agent_config=dynamic("acme", max_seconds=1.5))
-    assert time.monotonic() - began < 7
+    assert time.monotonic() - began < 45
     assert done.status == "budget_exceeded"
     assert "max_seconds = 1.5" in done.errors[0].message
     _, found = plain(done.steps)[1:]
@@ -410,7 +410,7 @@ def test_it_is_cancelled_while_it_reads(researcher: Client, fakes: Fakes, pages:
     until(lambda: pages.asked == ["/slow"], within_s=20)
     began = time.monotonic()
     stopped = researcher.interactions.cancel(made.id)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 45
     assert stopped.status == "cancelled"
     steps = generated(stopped)
     assert [step["type"] for step in steps][:1] == ["url_context_call"]

@@ -269,7 +269,7 @@ def test_slow_body_is_cut_off(server: Server, fakes: Fakes) -> None:
     began = time.monotonic()
     [found] = raw(server, request_bytes("POST", PATH, b'{"mo', "Content-Length: 400"), count=1)
     assert "paused" in found.error(400)
-    assert BODY_SILENCE_S * 0.8 < time.monotonic() - began < BODY_SILENCE_S + 5
+    assert BODY_SILENCE_S * 0.8 < time.monotonic() - began < BODY_SILENCE_S + 30
 
 
 def test_body_that_never_ends_is_no_request(server: Server, fakes: Fakes) -> None:

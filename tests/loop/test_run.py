@@ -68,7 +68,7 @@ async def test_patience_ends():
 async def test_retry_after_is_kept_to_but_not_beyond_the_longest_wait():
     began = time.monotonic()
     await play(ScriptedModel([down(3600.0)], answer("x")))
-    assert 0.01 < time.monotonic() - began < 1
+    assert 0.01 < time.monotonic() - began < 60
 
 
 async def test_a_model_that_stays_down_gives_way_to_the_next_in_the_chain():

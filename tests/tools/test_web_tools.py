@@ -178,13 +178,11 @@ async def test_a_huge_page_does_not_stop_the_others(site, tool):
             ticks += 1
 
     ticking = asyncio.ensure_future(tick())
-    loop = asyncio.get_running_loop()
-    start = loop.time()
     (entry,) = await read(tool, url)
-    took = loop.time() - start
     ticking.cancel()
     assert entry["next_offset"] == 24_000
-    assert ticks > took / 0.02 / 4
+    # Read in this process it would be one, or none.
+    assert ticks > 3
 
 
 class Library:

@@ -1,7 +1,8 @@
 """Edits: the right place, or none; everything else stays as it is."""
 
-import asyncio
+import threading
 import time
+from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -32,23 +33,19 @@ async def no_edit(data: bytes | str, old: str, new: str, **more: object) -> str:
     return said
 
 
-async def test_a_large_edit_does_not_stop_the_loop():
-    longest = 0.0
+async def test_a_large_edit_does_not_stop_the_loop(monkeypatch):
+    replace, threads = edits.replace, list[int]()
 
-    async def watch() -> None:
-        nonlocal longest
-        while True:
-            began = time.perf_counter()
-            await asyncio.sleep(0.005)
-            longest = max(longest, time.perf_counter() - began)
+    def replaced(*given: Any, **more: Any) -> Any:
+        threads.append(threading.get_ident())
+        return replace(*given, **more)
 
-    watching = asyncio.ensure_future(watch())
+    monkeypatch.setattr(edits, "replace", replaced)
     data, said = await edit("X" + "\n" * 3_000_000, "X", "Y" + "\n" * 12_000_000)
-    await asyncio.sleep(0.01)
-    watching.cancel()
     assert len(data) == 15_000_001
     assert "[… 11999963 more lines]" in said
-    assert longest < 0.15
+    assert len(threads) == 1
+    assert threads[0] != threading.get_ident()
 
 
 # ---- what is found
@@ -289,4 +286,5 @@ def test_no_text_takes_long(text, old):
     started = time.process_time()
     with pytest.raises(Invalid):
         edits.replace(text, old, "n", replace_all=False)
-    assert time.process_time() - started < 5
+    # Without bounds it is minutes.
+    assert time.process_time() - started < 30

