@@ -2,8 +2,9 @@
 
 from fastapi import APIRouter, Request, Response
 
-from openinteractions.api import body, names, pages
+from openinteractions.api import body, names
 from openinteractions.api.docs import ERRORS, json_body, json_response
+from openinteractions.api.pages import PageDep
 from openinteractions.api.scope import CallerDep
 from openinteractions.resources.agents.schemas import Agent, AgentList, AgentVersions
 from openinteractions.resources.agents.service import Agents
@@ -52,16 +53,12 @@ async def create_agent(request: Request, caller: CallerDep) -> Response:
 async def list_agents(
     request: Request,
     caller: CallerDep,
-    *,
-    page_size: str | None = None,
-    page_token: str | None = None,
+    page: PageDep,
 ) -> Response:
     """List agents of your own, newest first."""
-    query = request.query_params
     listing = _agents(request).listing(
         caller.project_id,
-        page_size=pages.size(page_size or query.get("pageSize")),
-        page_token=page_token or query.get("pageToken"),
+        page,
     )
     return _json(await listing)
 
@@ -75,17 +72,13 @@ async def list_agent_versions(
     request: Request,
     caller: CallerDep,
     agent_id: str,
-    *,
-    page_size: str | None = None,
-    page_token: str | None = None,
+    page: PageDep,
 ) -> Response:
     """List the versions of an agent, newest first. An addition to the contract."""
-    query = request.query_params
     listing = _agents(request).versions(
         caller.project_id,
         agent_id,
-        page_size=pages.size(page_size or query.get("pageSize")),
-        page_token=page_token or query.get("pageToken"),
+        page,
     )
     return _json(await listing)
 

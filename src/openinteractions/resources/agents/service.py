@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Any, Final, cast
 from uuid import UUID
 from weakref import WeakValueDictionary
@@ -13,6 +12,7 @@ import structlog
 
 from openinteractions import clock
 from openinteractions.api import pages
+from openinteractions.api.pages import Page
 from openinteractions.crypto import Sealer
 from openinteractions.db.engine import Database
 from openinteractions.db.sealed import agent_purpose
@@ -109,24 +109,22 @@ class Agents:
         """
         return orjson.dumps(_shown(await self._find(project_id, text)))
 
-    async def listing(self, project_id: UUID, *, page_size: int, page_token: str | None) -> bytes:
+    async def listing(self, project_id: UUID, page: Page) -> bytes:
         """One page of a project's agents, newest first, as JSON.
 
         Raises:
             Invalid: The token is none of this list.
         """
-        before = _place(pages.parse_text(page_token, _PAGES))
-        rows = await store.page(self._database, project_id, before=before, limit=page_size + 1)
-        answer: Json = {"agents": [_shown(row) for row in rows[:page_size]]}
-        if len(rows) > page_size:
-            last = rows[page_size - 1]
-            mark = f"{last.created_at.isoformat()} {last.agent_id}"
-            answer["next_page_token"] = pages.text_token(mark, _PAGES)
+        before = page.after_moment(_PAGES)
+        found = await store.page(self._database, project_id, before=before, limit=page.limit)
+        rows, last = page.cut(found)
+        answer: Json = {"agents": [_shown(row) for row in rows]}
+        if last is not None:
+            mark = pages.moment_token(last.created_at, last.agent_id, _PAGES)
+            answer["next_page_token"] = mark
         return orjson.dumps(answer)
 
-    async def versions(
-        self, project_id: UUID, text: str, *, page_size: int, page_token: str | None
-    ) -> bytes:
+    async def versions(self, project_id: UUID, text: str, page: Page) -> bytes:
         """One page of an agent's versions, newest first, as JSON.
 
         Raises:
@@ -135,14 +133,14 @@ class Agents:
         """
         agent_id = (await self._find(project_id, text)).agent_id
         filters = {"resource": "agent_versions", "agent": agent_id}
-        before = _number(pages.parse_text(page_token, filters))
-        rows = await store.versions(
-            self._database, project_id, agent_id, before=before, limit=page_size + 1
+        before = page.after_number(filters)
+        found = await store.versions(
+            self._database, project_id, agent_id, before=before, limit=page.limit
         )
-        answer: Json = {"agent_versions": [_shown(row) for row in rows[:page_size]]}
-        if len(rows) > page_size:
-            mark = str(rows[page_size - 1].version)
-            answer["next_page_token"] = pages.text_token(mark, filters)
+        rows, last = page.cut(found)
+        answer: Json = {"agent_versions": [_shown(row) for row in rows]}
+        if last is not None:
+            answer["next_page_token"] = pages.text_token(str(last.version), filters)
         return orjson.dumps(answer)
 
     async def update(self, project_id: UUID, agent_id: str, change: Change) -> bytes:
@@ -369,25 +367,3 @@ def _missing(text: str) -> NotFound:
 
 def _busy(agent_id: str) -> Unready:
     return Unready(f"Agent '{agent_id}' is being changed by others.", retry_after_s=1)
-
-
-def _place(mark: str | None) -> tuple[datetime, str] | None:
-    if mark is None:
-        return None
-    moment, _, name = mark.partition(" ")
-    try:
-        after = datetime.fromisoformat(moment)
-    except ValueError:
-        after = None
-    if after is None or after.tzinfo is None or parse_name(name) is None:
-        raise Invalid("Invalid value for 'page_token': it is not a token of this server.")
-    return after, name
-
-
-def _number(mark: str | None) -> int | None:
-    if mark is None:
-        return None
-    name = parse_name(f"x@{mark}")
-    if name is None:
-        raise Invalid("Invalid value for 'page_token': it is not a token of this server.")
-    return name[1]

@@ -2,8 +2,9 @@
 
 from fastapi import APIRouter, Request, Response
 
-from openinteractions.api import body, pages
+from openinteractions.api import body
 from openinteractions.api.docs import ERRORS, json_body, json_response
+from openinteractions.api.pages import PageDep
 from openinteractions.api.scope import CallerDep
 from openinteractions.resources.credentials.schemas import Credential, CredentialList
 from openinteractions.resources.credentials.service import Vault
@@ -51,16 +52,12 @@ async def create_credential(request: Request, caller: CallerDep) -> Response:
 async def list_credentials(
     request: Request,
     caller: CallerDep,
-    *,
-    page_size: str | None = None,
-    page_token: str | None = None,
+    page: PageDep,
 ) -> Response:
     """List credentials, newest first."""
-    query = request.query_params
     listing = _vault(request).listing(
         caller.project_id,
-        page_size=pages.size(page_size or query.get("pageSize")),
-        page_token=page_token or query.get("pageToken"),
+        page,
     )
     return _json(await listing)
 

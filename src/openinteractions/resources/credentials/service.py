@@ -1,7 +1,6 @@
 """Credentials: kept encrypted, given to the egress proxy only."""
 
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Any, TypeAlias
 from uuid import UUID, uuid4
 
@@ -10,6 +9,7 @@ import structlog
 
 from openinteractions import clock
 from openinteractions.api import pages
+from openinteractions.api.pages import Page
 from openinteractions.crypto import Sealer
 from openinteractions.db.engine import Database
 from openinteractions.errors import Conflict, Invalid, NotFound, SetupError
@@ -114,16 +114,15 @@ class Vault:
         """
         return orjson.dumps(_shown(await self._find(project_id, credential_id)))
 
-    async def listing(self, project_id: UUID, *, page_size: int, page_token: str | None) -> bytes:
+    async def listing(self, project_id: UUID, page: Page) -> bytes:
         """One page of a project's credentials, newest first, as JSON."""
-        before = _place(pages.parse_text(page_token, _PAGES))
-        rows = await store.page(self._database, project_id, before=before, limit=page_size + 1)
-        page: dict[str, Any] = {"credentials": [_shown(row) for row in rows[:page_size]]}
-        if len(rows) > page_size:
-            last = rows[page_size - 1]
-            mark = f"{last.created_at.isoformat()} {last.id}"
-            page["next_page_token"] = pages.text_token(mark, _PAGES)
-        return orjson.dumps(page)
+        before = page.after_moment(_PAGES)
+        found = await store.page(self._database, project_id, before=before, limit=page.limit)
+        rows, last = page.cut(found)
+        answer: dict[str, Any] = {"credentials": [_shown(row) for row in rows]}
+        if last is not None:
+            answer["next_page_token"] = pages.moment_token(last.created_at, last.id, _PAGES)
+        return orjson.dumps(answer)
 
     async def update(self, project_id: UUID, credential_id: str, change: Content) -> bytes:
         """Change a credential; it as JSON.
@@ -227,19 +226,6 @@ def _bare(credential_id: str) -> str:
 
 def _missing(name: str) -> NotFound:
     return NotFound(f"Credential '{shown(name)}' not found.")
-
-
-def _place(mark: str | None) -> tuple[datetime, str] | None:
-    if mark is None:
-        return None
-    moment, _, name = mark.partition(" ")
-    try:
-        after = datetime.fromisoformat(moment)
-    except ValueError:
-        after = None
-    if after is None or after.tzinfo is None or not is_credential_id(name):
-        raise Invalid("Invalid value for 'page_token': it is not a token of this server.")
-    return after, name
 
 
 def _shown(row: Row) -> dict[str, str]:

@@ -11,9 +11,10 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from openinteractions.api import body, errors, names, pages, scope
+from openinteractions.api import body, errors, names, scope
 from openinteractions.api.body import Pieces
 from openinteractions.api.docs import ERRORS, ErrorBody, json_response
+from openinteractions.api.pages import PageDep
 from openinteractions.api.scope import CallerDep
 from openinteractions.errors import Invalid, RequestError
 from openinteractions.resources.environment_files import service
@@ -106,12 +107,11 @@ async def get_environment_file(  # noqa: PLR0913 - one for each query field
     request: Request,
     caller: CallerDep,
     environment_id: str,
+    page: PageDep,
     path: str = "",
     *,
     recursive: bool = False,
     alt: str | None = None,
-    page_size: str | None = None,
-    page_token: str | None = None,
 ) -> Response:
     """List a file or folder, or with `alt=media` download it: a folder as a tar archive.
 
@@ -124,14 +124,7 @@ async def get_environment_file(  # noqa: PLR0913 - one for each query field
         return await _download(request, here, place, recursive=recursive)
     if alt not in {None, "", "json"}:
         raise Invalid("Invalid enum value for 'alt'. Expected one of: json, media.")
-    query = request.query_params
-    found = await service.listing(
-        here,
-        place,
-        recursive=recursive,
-        page_size=pages.size(page_size or query.get("pageSize")),
-        page_token=page_token or query.get("pageToken"),
-    )
+    found = await service.listing(here, place, page, recursive=recursive)
     return Response(found, media_type="application/json")
 
 

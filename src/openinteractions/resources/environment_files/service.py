@@ -10,6 +10,7 @@ import orjson
 
 from openinteractions import clock
 from openinteractions.api import pages
+from openinteractions.api.pages import Page
 from openinteractions.errors import Invalid, NotFound
 from openinteractions.resources.environments.service import Environments
 from openinteractions.resources.environments.sources import faults_shown
@@ -88,10 +89,9 @@ async def spot(environments: Environments, project_id: UUID, environment: str, p
 async def listing(
     environments: Environments,
     place: Spot,
+    page: Page,
     *,
     recursive: bool,
-    page_size: int,
-    page_token: str | None,
 ) -> bytes:
     """A file, or a page of what a folder holds, as JSON.
 
@@ -100,7 +100,7 @@ async def listing(
         Invalid: The token is none of this listing.
     """
     filters = [place.environment.hex, place.path, recursive]
-    after = pages.parse_text(page_token, filters)
+    after = page.after_text(filters)
     client = environments.client
     with place.told():
         if place.path:
@@ -112,7 +112,7 @@ async def listing(
             place.environment,
             place.path,
             recursive=recursive,
-            limit=page_size,
+            limit=page.size,
             after=after,
         )
     return files(entries, None if last is None else pages.text_token(last, filters))

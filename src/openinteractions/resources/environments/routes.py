@@ -5,8 +5,9 @@ from typing import cast
 import orjson
 from fastapi import APIRouter, Request, Response
 
-from openinteractions.api import body, names, pages
+from openinteractions.api import body, names
 from openinteractions.api.docs import ERRORS, json_body, json_response
+from openinteractions.api.pages import PageDep
 from openinteractions.api.scope import CallerDep
 from openinteractions.resources.environments.service import Environments, shown_environment
 from openinteractions.wire.body import read
@@ -51,16 +52,12 @@ async def create_environment(request: Request, caller: CallerDep) -> Response:
 async def list_environments(
     request: Request,
     caller: CallerDep,
-    *,
-    page_size: str | None = None,
-    page_token: str | None = None,
+    page: PageDep,
 ) -> Response:
     """List environments, newest first."""
-    query = request.query_params
     rows, token = await _service(request).page(
         caller.project_id,
-        page_size=pages.size(page_size or query.get("pageSize")),
-        page_token=page_token or query.get("pageToken"),
+        page,
     )
     answer: Json = {"environments": [shown_environment(row) for row in rows]}
     if token is not None:
@@ -77,21 +74,17 @@ async def list_network_events(
     request: Request,
     caller: CallerDep,
     environment_id: str,
-    *,
-    page_size: str | None = None,
-    page_token: str | None = None,
+    page: PageDep,
 ) -> Response:
     """List what an environment's sandbox connected to or was kept from, newest first.
 
     An addition to the contract.
     """
-    query = request.query_params
     return _json(
         await _service(request).network_log(
             caller.project_id,
             environment_id,
-            page_size=pages.size(page_size or query.get("pageSize")),
-            page_token=page_token or query.get("pageToken"),
+            page,
         )
     )
 

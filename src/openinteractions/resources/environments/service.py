@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +15,7 @@ import structlog
 
 from openinteractions import clock, ids
 from openinteractions.api import pages
+from openinteractions.api.pages import Page
 from openinteractions.crypto import Sealer
 from openinteractions.db.engine import Database
 from openinteractions.db.sealed import environment_purpose
@@ -138,19 +140,16 @@ class Environments:
         row = await self._find(project_id, text)
         return row if row.is_expired or not row.has_disk else await self._counted_anew(row)
 
-    async def page(
-        self, project_id: UUID, *, page_size: int, page_token: str | None
-    ) -> tuple[list[Environment], str | None]:
+    async def page(self, project_id: UUID, page: Page) -> tuple[Sequence[Environment], str | None]:
         """Environments of a project, newest first, and the token of the next page.
 
         Raises:
             Invalid: The token is none of this list.
         """
-        before = pages.parse(page_token, "environments")
-        rows = await store.page(self._database, project_id, before=before, limit=page_size + 1)
-        if len(rows) <= page_size:
-            return rows, None
-        return rows[:page_size], pages.token(rows[page_size - 1].id, "environments")
+        before = page.after("environments")
+        found = await store.page(self._database, project_id, before=before, limit=page.limit)
+        rows, last = page.cut(found)
+        return rows, None if last is None else pages.token(last.id, "environments")
 
     async def delete(self, project_id: UUID, text: str) -> None:
         """Delete an environment and its files; at once if its broker answers, else later.
@@ -176,9 +175,7 @@ class Environments:
         row = await self._usable(project_id, text)
         return row.id, await self.locate(row.id)
 
-    async def network_log(
-        self, project_id: UUID, text: str, *, page_size: int, page_token: str | None
-    ) -> bytes:
+    async def network_log(self, project_id: UUID, text: str, page: Page) -> bytes:
         """What an environment's sandbox connected to, newest first: a page as JSON.
 
         Raises:
@@ -187,13 +184,14 @@ class Environments:
         """
         row = await self._find(project_id, text)
         filters = f"network_log:{row.id.hex}"
-        before = pages.parse(page_token, filters)
+        before = page.after(filters)
         found = await store.network_log(
-            self._database, project_id, row.id, before=before, limit=page_size + 1
+            self._database, project_id, row.id, before=before, limit=page.limit
         )
-        answer: Json = {"events": [_event(dict(event)) for event in found[:page_size]]}
-        if len(found) > page_size:
-            answer["next_page_token"] = pages.token(found[page_size - 1]["id"], filters)
+        events, last = page.cut(found)
+        answer: Json = {"events": [_event(dict(event)) for event in events]}
+        if last is not None:
+            answer["next_page_token"] = pages.token(last["id"], filters)
         return orjson.dumps(answer)
 
     # For interactions and their runs.

@@ -10,9 +10,10 @@ import structlog
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
-from openinteractions.api import body, pages, presence, scope
+from openinteractions.api import body, presence, scope
 from openinteractions.api.direct import DirectRoute
 from openinteractions.api.docs import ERRORS, json_body, json_response, stream_response
+from openinteractions.api.pages import PageDep
 from openinteractions.api.scope import Caller, CallerDep
 from openinteractions.errors import Invalid
 from openinteractions.events.types import decode_cursor
@@ -145,9 +146,8 @@ async def _create_unstored(
 async def list_interactions(  # noqa: PLR0913 - one for each query field
     request: Request,
     caller: CallerDep,
+    page: PageDep,
     *,
-    page_size: str | None = None,
-    page_token: str | None = None,
     status: Annotated[list[str] | None, Query()] = None,
     model: str | None = None,
     agent: str | None = None,
@@ -159,7 +159,6 @@ async def list_interactions(  # noqa: PLR0913 - one for each query field
 
     `status` and `label` (as `key:value`) may be repeated: any of the statuses, all of the labels.
     """
-    query = request.query_params
     narrow = store.Filter(
         status=_statuses(status or []),
         model=_text("model", model),
@@ -168,15 +167,7 @@ async def list_interactions(  # noqa: PLR0913 - one for each query field
         created_after=_aware("created_after", created_after),
         created_before=_aware("created_before", created_before),
     )
-    return _json(
-        await service.listing(
-            _service(request),
-            caller,
-            narrow,
-            page_size=pages.size(page_size or query.get("pageSize")),
-            page_token=page_token or query.get("pageToken"),
-        )
-    )
+    return _json(await service.listing(_service(request), caller, narrow, page))
 
 
 @router.get(

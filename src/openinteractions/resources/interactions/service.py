@@ -12,6 +12,7 @@ import structlog
 
 from openinteractions import ids, tracing
 from openinteractions.api import pages
+from openinteractions.api.pages import Page
 from openinteractions.api.scope import Caller
 from openinteractions.crypto import Sealer
 from openinteractions.db.engine import LOST, Database
@@ -260,19 +261,16 @@ async def listing(
     service: Service,
     caller: Caller,
     narrow: store.Filter,
-    *,
-    page_size: int,
-    page_token: str | None,
+    page: Page,
 ) -> bytes:
     """One page of a project's interactions."""
     marks = asdict(narrow)
-    before = pages.parse(page_token, marks)
-    rows = await store.page(
-        service.database, caller.project_id, narrow, before=before, limit=page_size + 1
+    before = page.after(marks)
+    found = await store.page(
+        service.database, caller.project_id, narrow, before=before, limit=page.limit
     )
-    more = len(rows) > page_size
-    rows = rows[:page_size]
-    token = pages.token(rows[-1].id, marks) if more else None
+    rows, last = page.cut(found)
+    token = None if last is None else pages.token(last.id, marks)
     return render.page([render.interaction(row, None) for row in rows], token)
 
 
