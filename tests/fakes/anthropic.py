@@ -17,6 +17,7 @@ from openinteractions.models.port import (
     ToolCall,
     VendorStep,
 )
+from tests.fakes.rules import anthropic_fault
 from tests.fakes.upstream import FakeUpstream, Received, Reply
 
 SIGNATURE = "ZmFrZQ=="
@@ -42,7 +43,10 @@ _REASONS = {
 
 
 class FakeAnthropic(FakeUpstream):
-    """Speaks the Messages API. Like the real one it signs every thought."""
+    """Speaks the Messages API. Like the real one it signs every thought, and is strict."""
+
+    def fault(self, received: Received) -> str | None:
+        return anthropic_fault(received.json)
 
     def wants_stream(self, received: Received) -> bool:
         return bool(received.json.get("stream"))

@@ -15,6 +15,7 @@ from openinteractions.models.port import (
     ThoughtDelta,
     ToolCall,
 )
+from tests.fakes.rules import openai_fault
 from tests.fakes.upstream import FakeUpstream, Received, Reply
 
 _REASONS = {
@@ -30,6 +31,9 @@ class FakeOpenAI(FakeUpstream):
     """`POST /v1/chat/completions` of OpenAI and its many likenesses."""
 
     base_path = "/v1"
+
+    def fault(self, received: Received) -> str | None:
+        return openai_fault(received.json)
 
     def wants_stream(self, received: Received) -> bool:
         return bool(received.json.get("stream"))

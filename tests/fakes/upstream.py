@@ -89,6 +89,10 @@ class FakeUpstream:
         """The event that reports an error inside a stream, framing included."""
         raise NotImplementedError
 
+    def fault(self, received: Received) -> str | None:
+        """Why the vendor answers a request with a 400, whatever the script says."""
+        return None
+
     @asynccontextmanager
     async def serve(self) -> AsyncGenerator["FakeUpstream"]:
         """Listen on a free loopback port until the context ends."""
@@ -116,6 +120,12 @@ class FakeUpstream:
             json=orjson.loads(body) if body else None,
         )
         self.requests.append(received)
+        fault = self.fault(received) if received.json else None
+        if fault is not None:
+            refused = Reply(status=400, message=fault)
+            return web.Response(
+                status=400, body=self.render_error(refused), content_type="application/json"
+            )
         script = self.replies.pop(0) if self.replies else self.default
         reply = script(received) if callable(script) else script
         self.open += 1

@@ -14,6 +14,8 @@ import orjson
 from openinteractions.errors import ModelUnavailable
 from openinteractions.models import anthropic_messages, anthropic_request
 from openinteractions.models.anthropic_stream import Turn
+from openinteractions.models.calls import own_names
+from openinteractions.models.encoded import encoded
 from openinteractions.models.port import (
     Json,
     ModelCall,
@@ -59,8 +61,9 @@ class AnthropicModel:
         options, _ = anthropic_request.options(call)
         messages = anthropic_messages.join(call.messages, cache=anthropic_request.caches(call))
         turn = Turn(
-            show_thoughts=call.generation.get("thinking_summaries") == "auto",
+            show_thoughts=call.shows_thoughts,
             keep_blocks=anthropic_request.uses_server_tools(options),
+            names=own_names(call.tools),
         )
         body = _body(options, messages)
         async with (
@@ -101,7 +104,7 @@ def _checked(events: Iterator[ModelEvent]) -> list[ModelEvent]:
 
 def _body(options: Json, messages: bytes) -> bytes:
     # The conversation is most of the body and is JSON already: it is put in as it is.
-    return b'{"messages":[' + messages + b"]," + orjson.dumps(options)[1:]
+    return b'{"messages":[' + messages + b"]," + encoded(options)[1:]
 
 
 def _explain(body: Any) -> str | None:  # noqa: ANN401 - whatever the upstream sent

@@ -12,14 +12,17 @@ back verbatim. Every other server-side step is shown as a tool use and its resul
 
 import base64
 import binascii
+import hashlib
 import re
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, Literal, TypeAlias, cast
 
 import orjson
 
 from openinteractions.errors import Invalid
-from openinteractions.models.calls import closed, mcp_function
+from openinteractions.models.calls import FAILED_SILENTLY, closed, function_name, mcp_function
+from openinteractions.models.encoded import encoded
 from openinteractions.models.port import Json
 
 _Role: TypeAlias = Literal["user", "assistant"]
@@ -30,6 +33,11 @@ _PDF: Final = "application/pdf"
 _CONTENT: Final = frozenset({"text", "image", "document"})
 _VERBATIM: Final = frozenset({"server_tool_use", "web_search_tool_result", "web_fetch_tool_result"})
 _NOT_IN_IDS: Final = re.compile(r"[^a-zA-Z0-9_-]")
+_MAX_ID: Final = 64
+_ASSISTANT: Final = b'{"role":"assistant"'
+_USER: Final = b'{"role":"user"'
+_USE: Final = b'{"type":"tool_use","id":"'
+_USE_ID: Final = re.compile(re.escape(_USE) + b'([a-zA-Z0-9_-]+)"')
 _URL_SAFE: Final = str.maketrans("-_", "+/")
 _SILENT: Final = frozenset({"processing_call", "processing_result"})
 RESULTS_PREFIX: Final = b'{"role":"user","content":[{"type":"tool_result"'
@@ -65,19 +73,71 @@ def join(messages: Sequence[bytes], *, cache: bool) -> bytes:
     """The elements of the `messages` array.
 
     Tool results that came in with different interactions are put into one message again, since
-    all uses of a turn must be answered together. With `cache`, the conversation so far is marked
-    to be kept in the prompt cache.
+    all uses of a turn must be answered together. Each use has an id of its own. With `cache`, the
+    conversation so far is marked to be kept in the prompt cache.
     """
     joined: list[bytes] = []
     for message in messages:
-        if joined and message.startswith(RESULTS_PREFIX) and joined[-1].startswith(RESULTS_PREFIX):
-            blocks = message[RESULTS_PREFIX.index(b"[") + 1 :]
-            joined[-1] = joined[-1][:-2] + b"," + blocks
+        if joined and message.startswith(RESULTS_PREFIX) and joined[-1].startswith(_USER):
+            joined[-1] = _answered_together(joined[-1], message)
         else:
             joined.append(message)
-    if cache and joined and joined[-1].startswith(b'{"role":"user"'):
+    joined = _distinct(joined)
+    if cache and joined and joined[-1].startswith(_USER):
         joined[-1] = joined[-1].removesuffix(b"}]}") + _CACHED
     return b",".join(joined)
+
+
+def tools_used(messages: Sequence[bytes]) -> list[str]:
+    """The names of the tools that a conversation uses, each once."""
+    names = [
+        block["name"]
+        for message in messages
+        if message.startswith(_ASSISTANT) and _USE in message
+        for block in orjson.loads(message)["content"]
+        if block["type"] == "tool_use"
+    ]
+    return list(dict.fromkeys(names))
+
+
+def _answered_together(first: bytes, second: bytes) -> bytes:
+    """Two messages as one, in which all results stand before whatever else is in them."""
+    blocks: list[Json] = [*orjson.loads(first)["content"], *orjson.loads(second)["content"]]
+    blocks.sort(key=lambda block: block["type"] != "tool_result")
+    return orjson.dumps({"role": "user", "content": blocks})
+
+
+def _distinct(messages: list[bytes]) -> list[bytes]:
+    """The messages with no id in two uses: Anthropic refuses that also in different turns.
+
+    Our own calls have ids of their own; those of older rows and of a client's steps may not.
+    """
+    found = [
+        name
+        for message in messages
+        if message.startswith(_ASSISTANT)
+        for name in _USE_ID.findall(message)
+    ]
+    if len(set(found)) == len(found):
+        return messages
+    told = {name.decode() for name in found}
+    used: set[str] = set()
+    waiting: defaultdict[str, deque[str]] = defaultdict(deque)
+    parsed: list[Json] = [orjson.loads(message) for message in messages]
+    for block in (block for message in parsed for block in message["content"]):
+        if block["type"] == "tool_use":
+            given: str = block["id"]
+            count = 1
+            while block["id"] in used:
+                count += 1
+                fresh = _cut_id(given, f"{given}\0{count}")
+                block["id"] = given if fresh in told else fresh
+            used.add(block["id"])
+            waiting[given].append(block["id"])
+        elif block["type"] == "tool_result" and waiting[block["tool_use_id"]]:
+            # The oldest use that waits: results come in the order of their calls.
+            block["tool_use_id"] = waiting[block["tool_use_id"]].popleft()
+    return [orjson.dumps(message) for message in parsed]
 
 
 def takes_uri(content_type: str, uri: str) -> bool:
@@ -118,9 +178,9 @@ class _Messages:
         self._turn("user")
         self._results.append(block)
 
-    def show(self, block: Json) -> None:
-        """Keep a picture of the model's own for the next user message: its own take none."""
-        self._aside += [{"type": "text", "text": "The image that you made:"}, block]
+    def show(self, block: Json, *, why: str = "The image that you made:") -> None:
+        """Keep what cannot stand where it was made for the next user message."""
+        self._aside += [{"type": "text", "text": why}, block]
 
     def drop_thoughts(self) -> None:
         """Take back thoughts that nothing follows: no assistant message may end in one."""
@@ -145,7 +205,7 @@ class _Messages:
             blocks = [*self._results, *self._aside, *self._blocks]
             self._aside = []
         if blocks:
-            self._done.append(orjson.dumps({"role": self._role, "content": blocks}))
+            self._done.append(encoded({"role": self._role, "content": blocks}))
         self._results, self._blocks = [], []
 
 
@@ -207,25 +267,37 @@ def _add_call(messages: _Messages, step: Json) -> None:
 
 
 def _name(step: Json, family: str) -> str:
-    # The names that the other adapters use for the same steps; a client's own stays as it is.
+    # The names that the other adapters use for the same steps.
     name: str = step.get("name") or family
-    if family == "function":
-        return name
     if family == "mcp_server_tool":
         return mcp_function(step.get("server_name") or "mcp", name)
-    return _NOT_IN_IDS.sub("_", name)[:64]
+    return function_name(name)
 
 
 def _add_result(messages: _Messages, step: Json) -> None:
     if _add_verbatim(messages, step):
         return
-    block: Json = {"type": "tool_result", "tool_use_id": _wire_id(step["call_id"])}
+    identifier = _wire_id(step["call_id"])
+    block: Json = {"type": "tool_result", "tool_use_id": identifier}
     told = _result_content(step.get("result"))
-    if told:
-        block["content"] = told
     if step.get("is_error"):
         block["is_error"] = True
+        told = _error_content(messages, told, identifier)
+    if told:
+        block["content"] = told
     messages.add_result(block)
+
+
+def _error_content(
+    messages: _Messages, told: str | list[Json], identifier: str
+) -> str | list[Json]:
+    """What an error says: text, and never nothing. All else is shown behind the results."""
+    if isinstance(told, str):
+        return told or FAILED_SILENTLY
+    for block in told:
+        if block["type"] != "text":
+            messages.show(block, why=f"From the failed call {identifier}:")
+    return [block for block in told if block["type"] == "text"] or FAILED_SILENTLY
 
 
 def _add_verbatim(messages: _Messages, step: Json) -> bool:
@@ -246,17 +318,27 @@ def _unsealed(signature: str) -> Json:
 
 
 def _wire_id(call_id: str) -> str:
-    return _NOT_IN_IDS.sub("_", call_id)
+    """An id that the vendor takes, always the same for a call and another one for each."""
+    readable = _NOT_IN_IDS.sub("_", call_id)
+    if readable == call_id and len(call_id) <= _MAX_ID:
+        return call_id
+    return _cut_id(readable, call_id)
+
+
+def _cut_id(readable: str, whole: str) -> str:
+    digest = hashlib.blake2b(whole.encode(), digest_size=6).hexdigest()
+    return f"{readable[: _MAX_ID - len(digest) - 1]}_{digest}"
 
 
 def _result_content(result: Any) -> str | list[Json]:  # noqa: ANN401 - any JSON value
+    """What a result says; nothing where that is blank: Anthropic refuses it."""
     if result is None or isinstance(result, str):
-        return result or ""
+        return result if result and result.strip() else ""
     if isinstance(result, list):
         items = cast("list[Any]", result)
         if all(isinstance(one, dict) and one.get("type") in _CONTENT for one in items):  # pyright: ignore[reportUnknownMemberType] - any JSON
             return [content(block) for block in _blocks({"content": items})]
-    return orjson.dumps(result).decode()
+    return encoded(result).decode()
 
 
 def _source(kind: str, block: Json) -> Json:

@@ -14,6 +14,7 @@ _FIRST_SCHEMAS: Final = (4, 1)
 _FIRST_ADAPTIVE: Final = (4, 6)
 _FIRST_WITHOUT_SAMPLING: Final = (4, 7)
 _FIRST_ROOMY: Final = (4, 0)
+_FIRST_THOUGHTFUL: Final = (5, 0)
 _ROOM: Final = 32_000
 _SMALL_ROOM: Final = 8192
 
@@ -25,6 +26,8 @@ class Traits:
     thinking: Literal["adaptive", "budget", "none"]
     """`adaptive`: with `output_config.effort`, from 4.6 on, and from 4.7 on the only way.
     `budget`: `budget_tokens`, from 3.7 to 4.5, and elsewhere."""
+    thinks: bool
+    """Whether it thinks where nothing asks for it, from 5 on; without showing it, that is."""
     schemas: bool
     """Whether `output_config.format` may be sent."""
     sampling: bool
@@ -45,6 +48,7 @@ def traits(model: str) -> Traits:
     version = _version(model)
     return Traits(
         thinking=_thinking(version),
+        thinks=version >= _FIRST_THOUGHTFUL,
         schemas=version >= _FIRST_SCHEMAS,
         sampling=version < _FIRST_WITHOUT_SAMPLING,
         both_samplings=version < _FIRST_SCHEMAS,
@@ -67,6 +71,7 @@ def _thinking(version: tuple[int, int]) -> Literal["adaptive", "budget", "none"]
 
 _OTHERS: Final = Traits(
     thinking="budget",
+    thinks=False,
     schemas=True,
     sampling=True,
     both_samplings=True,

@@ -7,9 +7,16 @@ import orjson
 
 from openinteractions.errors import Invalid
 from openinteractions.models import anthropic_schema
-from openinteractions.models.anthropic_messages import RESULTS_PREFIX
+from openinteractions.models.anthropic_messages import RESULTS_PREFIX, tools_used
 from openinteractions.models.anthropic_models import Traits, traits
-from openinteractions.models.port import Json, ModelCall, Warning  # noqa: A004 - the port's word
+from openinteractions.models.calls import function_name
+from openinteractions.models.function_schema import LAID_OPEN, as_object
+from openinteractions.models.port import (
+    THOUGHTS_AS_GIVEN,
+    Json,
+    ModelCall,
+    Warning,  # noqa: A004 - the port's word
+)
 
 # Tokens to think with, for models that want a number. 1,024 is the least that the vendor takes.
 _BUDGETS: Final = {"minimal": 1024, "low": 4096, "medium": 8192, "high": 16_384, "xhigh": 23_552}
@@ -97,14 +104,21 @@ class _Request:
         choice = self._call.tool_choice
         if isinstance(choice, dict):
             allowed = choice["allowed_tools"]
-            names: Sequence[str] = allowed.get("tools") or ()
+            names = {function_name(name) for name in allowed.get("tools") or ()}
             tools = [tool for tool in tools if tool["name"] in names or "type" in tool]
             choice = allowed.get("mode") or "auto"
         if tools:
             self.body["tools"] = tools
             self._choose(choice)
-        elif choice not in (None, "auto", "none"):
+            return
+        if choice not in (None, "auto", "none"):
             self._warn("generation_config.tool_choice", "It needs a tool to choose.")
+        used = tools_used(self._call.messages)
+        if used:
+            # Gateways refuse uses of tools that the request does not define.
+            schema: Json = {"type": "object", "properties": {}}
+            self.body["tools"] = [{"name": name, "input_schema": schema} for name in used]
+            self.body["tool_choice"] = {"type": "none"}
 
     def _choose(self, choice: str | None) -> None:
         if choice == "validated":
@@ -118,11 +132,13 @@ class _Request:
     def _tool(self, tool: Json, index: int) -> Json:
         kind: str = tool["type"]
         if kind == "function":
-            schema: Json = tool.get("parameters") or {"type": "object", "properties": {}}
+            schema, is_less = as_object(tool.get("parameters"))
+            if is_less:
+                self._warn(f"tools.{tool['name']}.parameters", LAID_OPEN)
             described: Json = (
                 {"description": tool["description"]} if tool.get("description") else {}
             )
-            return {"name": tool["name"], **described, "input_schema": schema}
+            return {"name": function_name(tool["name"]), **described, "input_schema": schema}
         if kind not in _NATIVE:
             raise Invalid(
                 f"The value '{kind}' is not supported for 'tools[{index}].type' with this model."
@@ -135,7 +151,8 @@ class _Request:
 
     def _think(self) -> None:
         level: str | None = self._given.get("thinking_level")
-        shown = self._given.get("thinking_summaries") == "auto"
+        summaries = self._given.get("thinking_summaries")
+        shown = summaries == "auto" or (summaries == THOUGHTS_AS_GIVEN and self._traits.thinks)
         field = "generation_config.thinking_level"
         if self._traits.thinking == "adaptive":
             self._adapt(level, shown=shown)

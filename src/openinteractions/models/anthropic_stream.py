@@ -1,6 +1,6 @@
 """One Anthropic answer, event by event, as model events."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Final, cast
 
 import orjson
@@ -56,7 +56,15 @@ _INPUTS: Final = (
 class Turn:
     """The state of one answer, over all the messages of it that Anthropic paused."""
 
-    def __init__(self, *, show_thoughts: bool, keep_blocks: bool) -> None:
+    def __init__(self, *, show_thoughts: bool, keep_blocks: bool, names: Mapping[str, str]) -> None:
+        """Nothing is read yet.
+
+        Args:
+            show_thoughts: Whether thoughts are events, or only their signatures.
+            keep_blocks: Whether the vendor may want its own words back.
+            names: Functions' own names, where the vendor knows them by another.
+        """
+        self._names = names
         self._show_thoughts = show_thoughts
         self._keep_blocks = keep_blocks
         self._blocks: list[Json] = []
@@ -195,7 +203,8 @@ class Turn:
                 yield ThoughtSignature(orjson.dumps({"redacted": block["data"]}).decode())
             case "tool_use":
                 block["input"], malformed = self._input(block)
-                yield ToolCall(block.get("id"), block["name"], block["input"], malformed=malformed)
+                name = self._names.get(block["name"], block["name"])
+                yield ToolCall(block.get("id"), name, block["input"], malformed=malformed)
             case _ if (step := self._vendor_step(block)) is not None:
                 yield VendorStep({**step, "signature": orjson.dumps(block).decode()})
             case _:

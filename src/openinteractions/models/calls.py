@@ -2,10 +2,13 @@
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 
 from openinteractions.models.port import Json
 
+FAILED_SILENTLY = "Failed, without a message."
+"""What a model reads of a call that failed and says nothing: vendors refuse an empty error."""
 _NO_RESULT = "No result was recorded."
 _MAX_NAME = 64
 _PLAIN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
@@ -29,16 +32,38 @@ def mcp_function(server: str, tool: str) -> str:
     return f"{readable[: _MAX_NAME - len(digest) - 1]}_{digest}"
 
 
+def function_name(name: str) -> str:
+    """The name as OpenAI and Anthropic, and what stands between them and us, take it.
+
+    Ours may have dots, colons and 128 characters. One that they would refuse becomes what can be
+    read of it, and a digest: another one for each. `own_names` leads back.
+    """
+    if len(name) <= _MAX_NAME and _NOT_IN_NAMES.search(name) is None:
+        return name
+    digest = hashlib.blake2b(name.encode(), digest_size=6).hexdigest()
+    return f"{_NOT_IN_NAMES.sub('_', name)[: _MAX_NAME - len(digest) - 1]}_{digest}"
+
+
+def own_names(tools: Sequence[Json]) -> Mapping[str, str]:
+    """The functions' own names, by those that `function_name` has given them in their place."""
+    names = [tool["name"] for tool in tools if tool["type"] == "function"]
+    return {function_name(name): name for name in names if function_name(name) != name}
+
+
 def closed(steps: Sequence[Json]) -> Iterator[Json]:
     """The steps, each server-side call without a result followed by one that says so.
 
     Gemini and Anthropic refuse a call that is not answered, and the server's own calls get no
     answer later; a `function_call` may be answered in the next interaction.
     """
-    answered = {step.get("call_id") for step in steps}
+    answers = Counter(step.get("call_id") for step in steps)
     for step in steps:
         yield step
         kind: str = step["type"]
-        if kind.endswith("_call") and kind != "function_call" and step["id"] not in answered:
+        if not kind.endswith("_call"):
+            continue
+        # Counted, since calls of different turns may have one id.
+        answers[step["id"]] -= 1
+        if kind != "function_call" and answers[step["id"]] < 0:
             result = kind.removesuffix("_call") + "_result"
             yield {"type": result, "call_id": step["id"], "result": _NO_RESULT, "is_error": True}

@@ -10,10 +10,9 @@ from contextlib import aclosing, asynccontextmanager
 from typing import Any, Final, cast
 from urllib.parse import quote, urlsplit
 
-import orjson
-
 from openinteractions.errors import ModelUnavailable
 from openinteractions.models import gemini_messages, gemini_request
+from openinteractions.models.encoded import encoded
 from openinteractions.models.gemini_stream import Turn
 from openinteractions.models.port import (
     Json,
@@ -68,8 +67,8 @@ class GeminiModel:
         delay = _RetryDelay()
         try:
             async with self._upstream.post(path, _body(call), explain=delay.explain) as answer:
-                thoughts = call.generation.get("thinking_summaries") == "auto"
-                async with aclosing(_events(answer, Turn(show_thoughts=thoughts))) as events:
+                turn = Turn(show_thoughts=call.shows_thoughts)
+                async with aclosing(_events(answer, turn)) as events:
                     yield events
         except ModelUnavailable as error:
             if error.retry_after_s is None:
@@ -96,7 +95,7 @@ def _checked(events: Iterator[ModelEvent]) -> list[ModelEvent]:
 def _body(call: ModelCall) -> bytes:
     options, _ = gemini_request.options(call)
     # The conversation is most of the body and is JSON already: it is put in as it is.
-    tail = orjson.dumps(options)
+    tail = encoded(options)
     contents = gemini_messages.join(call.messages)
     return b'{"contents":[' + contents + (b"]," + tail[1:] if options else b"]}")
 

@@ -13,6 +13,8 @@ import orjson
 
 from openinteractions.errors import Invalid
 from openinteractions.models.calls import closed, mcp_function
+from openinteractions.models.encoded import encoded
+from openinteractions.models.gemini_models import is_old
 from openinteractions.models.port import Json
 
 _Kind: TypeAlias = Literal["user", "model", "results"]
@@ -21,7 +23,6 @@ _Kind: TypeAlias = Literal["user", "model", "results"]
 # of other origin: https://ai.google.dev/gemini-api/docs/thought-signatures
 _NO_SIGNATURE: Final = "skip_thought_signature_validator"
 _NOT_IN_NAMES: Final = re.compile(r"[^a-zA-Z0-9_-]")
-_OLD: Final = re.compile(r"gemini-[12](?!\d)")
 _MEDIA: Final = frozenset({"image", "audio", "video", "document"})
 _VERBATIM: Final = frozenset({"executableCode", "codeExecutionResult", "toolCall", "toolResponse"})
 # https://ai.google.dev/gemini-api/docs/function-calling#multimodal
@@ -37,8 +38,8 @@ def compile_contents(steps: Sequence[Json], model: str) -> list[bytes]:
     Raises:
         Invalid: A content block of a type that Gemini does not know, or without a MIME type.
     """
-    contents = _Contents(wants_signatures="gemini" in model and not _OLD.search(model))
-    old = _OLD.search(model) is not None
+    old = is_old(model)
+    contents = _Contents(wants_signatures="gemini" in model and not old)
     names: dict[str, str] = {}
     for step in closed(steps):
         match step["type"]:
@@ -157,7 +158,7 @@ class _Contents:
         if self._parts:
             role = "model" if self._kind == "model" else "user"
             parts = [*self._parts, *self._after]
-            self._done.append(orjson.dumps({"role": role, "parts": parts}))
+            self._done.append(encoded({"role": role, "parts": parts}))
         self._parts, self._after = [], []
 
 

@@ -1,10 +1,17 @@
 """A `ModelCall` as the options of a Gemini request, and what of it cannot be honoured."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from openinteractions.errors import Invalid
-from openinteractions.models.port import Json, ModelCall, Warning  # noqa: A004 - the port's word
+from openinteractions.models.gemini_models import is_old
+from openinteractions.models.port import (
+    THOUGHTS_AS_GIVEN,
+    Json,
+    ModelCall,
+    Warning,  # noqa: A004 - the port's word
+)
 
 _PLAIN: Final = {
     "max_output_tokens": "maxOutputTokens",
@@ -17,6 +24,14 @@ _PLAIN: Final = {
 # Gemini 2.5 knows no levels. These are the budgets of Google's own OpenAI-compatible endpoint:
 # https://ai.google.dev/gemini-api/docs/openai#thinking
 _BUDGETS: Final = {"minimal": 1024, "low": 1024, "medium": 8192, "high": 24_576}
+# Models that think unless told otherwise; the others answer `includeThoughts` with a 400:
+# https://github.com/google-gemini/gemini-cli/pull/3033
+_THINKS: Final = re.compile(
+    r"gemini-(?:2\.5-(?:pro|flash)|[3-9]|(?:pro|flash)-latest)(?!.*(?:lite|image|tts|audio|live))"
+)
+_SERVER_TOOLS: Final = frozenset(
+    {"code_execution", "url_context", "google_search", "google_maps", "file_search"}
+)
 _MODALITIES: Final = frozenset({"text", "image", "audio", "video"})
 _TIERS: Final = frozenset({"flex", "standard", "priority"})
 _L16: Final = "audio/l16"
@@ -64,9 +79,15 @@ class _Request:
                 functions.append(_declaration(tool))
             else:
                 native.append(self._native(tool, index))
+        if functions and is_old(call.model):
+            # Such a model would refuse the whole request; it comes here as a fallback of others.
+            for index, tool in enumerate(call.tools):
+                if tool["type"] in _SERVER_TOOLS:
+                    self._warn(f"tools[{index}]", "This model takes it only without functions.")
+            native = [one for one in native if "computerUse" in one]
         self._choose(call.tool_choice, functions)
         tools = [*([{"functionDeclarations": functions}] if functions else []), *native]
-        if functions and native:
+        if functions and native and not is_old(call.model):
             # Gemini 3 takes built-in tools beside functions only with this switch:
             # https://ai.google.dev/gemini-api/docs/tool-combination
             self._tool_config["includeServerSideToolInvocations"] = True
@@ -160,7 +181,8 @@ class _Request:
             thinking["thinkingBudget"] = _BUDGETS[level]
         elif level is not None:
             thinking["thinkingLevel"] = level.upper()
-        if given.get("thinking_summaries") == "auto":
+        summaries = given.get("thinking_summaries")
+        if summaries == "auto" or (summaries == THOUGHTS_AS_GIVEN and _THINKS.search(model)):
             thinking["includeThoughts"] = True
         return thinking
 

@@ -16,11 +16,13 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, cast
 
-import orjson
-
 from openinteractions.errors import Invalid
+from openinteractions.models.calls import function_name, own_names
+from openinteractions.models.encoded import encoded
+from openinteractions.models.function_schema import LAID_OPEN, as_object
 from openinteractions.models.openai_chunks import Turn, explain
-from openinteractions.models.openai_messages import compile_steps
+from openinteractions.models.openai_messages import Dialect, compile_steps
+from openinteractions.models.openai_reasoning import blank_for
 from openinteractions.models.port import Json, ModelCall, ModelEvent, Warning  # noqa: A004
 from openinteractions.models.transport import Answer, Upstream
 
@@ -29,6 +31,7 @@ _TIERS = {"flex": "flex", "priority": "priority", "standard": "default", "deferr
 _COMMON_EFFORT = {"minimal": "low", "xhigh": "high"}
 _DOWNGRADE = "downgraded"
 _SAMPLING = ("temperature", "top_p", "seed", "presence_penalty", "frequency_penalty")
+_MAX_TOOLS = 128
 _JSON_HINT = "Answer with one JSON document and nothing else."
 
 
@@ -40,15 +43,20 @@ def headers(api_key: str | None) -> dict[str, str]:
 class OpenAIModel:
     """One OpenAI-compatible provider, as a `Model`."""
 
-    def __init__(self, upstream: Upstream, *, provider: str, official: bool) -> None:
+    def __init__(
+        self, upstream: Upstream, *, provider: str, official: bool, dialect: Dialect | None = None
+    ) -> None:
         self._upstream = upstream
         self._official = official
+        self._dialect = dialect or Dialect(
+            takes_reasoning=not official, blank_reasoning=blank_for(upstream.base_url)
+        )
         self.provider = provider
         """The provider's name in the settings."""
 
     def compile(self, steps: Sequence[Json], model: str) -> list[bytes]:  # noqa: ARG002 - the port
         """Turn one interaction's steps into chat messages; see `Model.compile`."""
-        return compile_steps(steps)
+        return compile_steps(steps, self._dialect)
 
     def takes_uri(self, content_type: str, uri: str) -> bool:
         """Only OpenAI itself is sure to fetch, and only images."""
@@ -57,10 +65,11 @@ class OpenAIModel:
 
     def check(self, call: ModelCall) -> list[Warning]:
         """Say what of this call will be downgraded; see `Model.check`."""
-        _refuse_tools(call.tools)
+        _refuse_tools(call.tools, official=self._official)
         _refuse_outputs(call, official=self._official)
         return [
             *_tool_warnings(call),
+            *_schema_warnings(call),
             *self._generation_warnings(call),
             *self._tier_warnings(call.service_tier),
             *_safety_warnings(call),
@@ -72,7 +81,7 @@ class OpenAIModel:
         path, body = "/chat/completions", self._body(call)
         async with (
             self._upstream.post(path, body, explain=explain) as answer,
-            aclosing(_events(call, answer)) as events,
+            aclosing(_events(call, answer, keeps_reasoning=not self._official)) as events,
         ):
             yield events
 
@@ -96,9 +105,9 @@ class OpenAIModel:
             options["service_tier"] = _TIERS.get(call.service_tier, "auto")
         messages = b",".join(call.messages)
         if system:
-            first = orjson.dumps({"role": "system", "content": system})
+            first = encoded({"role": "system", "content": system})
             messages = first + b"," + messages if messages else first
-        return b'{"messages":[' + messages + b"]," + orjson.dumps(options)[1:]
+        return b'{"messages":[' + messages + b"]," + encoded(options)[1:]
 
     def _add_tools(self, options: Json, call: ModelCall) -> None:
         tools, choice = call.tools, call.tool_choice
@@ -177,8 +186,14 @@ class OpenAIModel:
         return []
 
 
-async def _events(call: ModelCall, answer: Answer) -> AsyncGenerator[ModelEvent]:
-    turn = Turn(show_thoughts=call.generation.get("thinking_summaries") == "auto")
+async def _events(
+    call: ModelCall, answer: Answer, *, keeps_reasoning: bool
+) -> AsyncGenerator[ModelEvent]:
+    turn = Turn(
+        show_thoughts=call.shows_thoughts,
+        keeps_reasoning=keeps_reasoning,
+        names=own_names(call.tools),
+    )
     async for batch in answer.batches():
         for chunk in batch:
             for event in turn.feed(chunk):
@@ -188,17 +203,15 @@ async def _events(call: ModelCall, answer: Answer) -> AsyncGenerator[ModelEvent]
 
 
 def _tool(tool: Json) -> Json:
-    function: Json = {
-        "name": tool["name"],
-        "parameters": tool.get("parameters") or {"type": "object", "properties": {}},
-    }
+    parameters, _ = as_object(tool.get("parameters"))
+    function: Json = {"name": function_name(tool["name"]), "parameters": parameters}
     if tool.get("description"):
         function["description"] = tool["description"]
     return {"type": "function", "function": function}
 
 
 def _named(name: str) -> Json:
-    return {"type": "function", "function": {"name": name}}
+    return {"type": "function", "function": {"name": function_name(name)}}
 
 
 def _response_format(schema: Json) -> Json:
@@ -238,10 +251,15 @@ def _wants(call: ModelCall, kind: str) -> bool:
     )
 
 
-def _refuse_tools(tools: Sequence[Json]) -> None:
+def _refuse_tools(tools: Sequence[Json], *, official: bool) -> None:
     for number, tool in enumerate(tools):
         if tool.get("type") != "function":
             raise _unsupported(str(tool.get("type")), f"tools[{number}].type")
+    if official and len(tools) > _MAX_TOOLS:
+        raise Invalid(
+            f"'tools' are {len(tools)} functions, this server's own included: this model takes "
+            f"{_MAX_TOOLS} at most."
+        )
 
 
 def _refuse_outputs(call: ModelCall, *, official: bool) -> None:
@@ -284,6 +302,14 @@ def _tool_warnings(call: ModelCall) -> list[Warning]:
         return []
     told = "Sent as 'auto': this provider does not check arguments against their schema."
     return [_warning("generation_config.tool_choice", told)]
+
+
+def _schema_warnings(call: ModelCall) -> list[Warning]:
+    return [
+        _warning(f"tools.{tool['name']}.parameters", LAID_OPEN)
+        for tool in call.tools
+        if as_object(tool.get("parameters"))[1]
+    ]
 
 
 def _safety_warnings(call: ModelCall) -> list[Warning]:

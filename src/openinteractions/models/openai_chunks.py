@@ -6,13 +6,14 @@ A whole (not streamed) completion is read as one chunk whose `message` is its on
 
 import base64
 import binascii
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import orjson
 
 from openinteractions.errors import ModelError, ModelUnavailable
+from openinteractions.models.openai_reasoning import Reasoning
 from openinteractions.models.port import (
     Annotations,
     Finished,
@@ -22,6 +23,7 @@ from openinteractions.models.port import (
     ModelEvent,
     TextDelta,
     ThoughtDelta,
+    ThoughtSignature,
     ToolCall,
 )
 from openinteractions.models.transport import classify
@@ -80,8 +82,8 @@ class _Call:
         elif isinstance(fragment, dict):
             self.whole = cast(Json, fragment)
 
-    def event(self) -> ToolCall:
-        raw = "".join(self.parts)
+    def event(self, names: Mapping[str, str]) -> ToolCall:
+        raw, name = "".join(self.parts), names.get(self.name, self.name)
         arguments: Any = self.whole
         if arguments is None:
             try:
@@ -91,15 +93,27 @@ class _Call:
         if arguments is None:
             arguments = {}  # some servers say `null` for a call without arguments
         if not isinstance(arguments, dict) or not self.name:
-            return ToolCall(self.id, self.name, {}, malformed=raw)
-        return ToolCall(self.id, self.name, cast(Json, arguments))
+            return ToolCall(self.id, name, {}, malformed=raw)
+        return ToolCall(self.id, name, cast(Json, arguments))
 
 
 class Turn:
     """Reads the chunks of one turn."""
 
-    def __init__(self, *, show_thoughts: bool) -> None:
+    def __init__(
+        self, *, show_thoughts: bool, keeps_reasoning: bool, names: Mapping[str, str]
+    ) -> None:
+        """Nothing is read yet.
+
+        Args:
+            show_thoughts: Whether thoughts are events.
+            keeps_reasoning: Whether those before calls are to be given back: a signature.
+            names: Functions' own names, where the server knows them by another.
+        """
         self._show_thoughts = show_thoughts
+        self._keeps_reasoning = keeps_reasoning
+        self._reasoning = Reasoning()
+        self._names = names
         self._calls: list[_Call] = []
         self._by_index: dict[int, _Call] = {}
         self._audio = bytearray()
@@ -151,7 +165,7 @@ class Turn:
         if self._reason == "error":
             raise ModelUnavailable("The upstream broke the answer off with an error.")
         reason = _REASONS.get(self._reason or "", "stop")
-        calls = [call.event() for call in self._calls]
+        calls = [call.event(self._names) for call in self._calls]
         if reason in ("max_tokens", "content_filter"):
             calls = [call for call in calls if call.malformed is None]
         elif calls:
@@ -161,13 +175,16 @@ class Turn:
         events: list[ModelEvent] = []
         if self._audio:
             events.append(Media(_pcm(bytes(self._audio))))
+        sealed = self._reasoning.sealed() if self._keeps_reasoning and calls else None
+        if sealed is not None:
+            events.append(ThoughtSignature(sealed))
         message = "".join(self._refusal) or None
         return [*events, *calls, Finished(reason, usage_of(self._usage), message)]
 
     def _delta(self, delta: Json) -> list[ModelEvent]:
         events: list[ModelEvent] = []
-        thought = delta.get("reasoning_content") or delta.get("reasoning")
-        if thought and isinstance(thought, str):
+        thought = self._reasoning.feed(delta)
+        if thought:
             self._think(events, thought)
         self._content(events, delta.get("content"))
         refusal = delta.get("refusal")

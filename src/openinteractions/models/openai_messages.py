@@ -2,20 +2,21 @@
 
 Consecutive model steps become one assistant message (text first, then its tool calls), since the
 wire wants each call answered by a `tool` message before anything else is said. Media that a tool
-or the model itself made cannot stand in those messages; they follow in a user message.
+or the model itself made cannot stand in those messages; they follow in a user message. What the
+model thought before a call goes with it, see `openai_reasoning`.
 """
 
 import base64
 import binascii
 import hashlib
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
-import orjson
-
 from openinteractions.errors import Invalid
-from openinteractions.models.calls import mcp_function
+from openinteractions.models.calls import FAILED_SILENTLY, function_name, mcp_function
+from openinteractions.models.encoded import encoded
+from openinteractions.models.openai_reasoning import opened
 from openinteractions.models.port import Json
 
 _MAX_CALL_ID = 40
@@ -31,13 +32,28 @@ _TEXT_DOCUMENTS = frozenset({"application/json", "application/xml", "application
 _DETAIL = {"low": "low", "high": "high", "ultra_high": "high"}
 
 
-def compile_steps(steps: Sequence[Json]) -> list[bytes]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dialect:
+    """What servers of this wire differ in."""
+
+    takes_reasoning: bool = True
+    """Whether the model's own reasoning may go back."""
+    blank_reasoning: str | None = None
+    """What a message without any must have instead; see `openai_reasoning.blank_for`."""
+    name: Callable[[str], str] = function_name
+    """What a function is called there."""
+
+
+_COMMON = Dialect()
+
+
+def compile_steps(steps: Sequence[Json], dialect: Dialect = _COMMON) -> list[bytes]:
     """The messages of one interaction, each one JSON object.
 
     Raises:
         Invalid: A content type that this wire has no place for.
     """
-    writer = _Writer(steps)
+    writer = _Writer(steps, dialect)
     for step in steps:
         writer.add(step)
     return writer.close()
@@ -53,22 +69,32 @@ def call_id(contract_id: str) -> str:
 class _Writer:
     """Collects messages; `_turn` is the assistant message that is still being written."""
 
-    def __init__(self, steps: Sequence[Json]) -> None:
+    def __init__(self, steps: Sequence[Json], dialect: Dialect) -> None:
+        self._dialect = dialect
         self._answered = {step.get("call_id") for step in steps if _is_result(step)}
         self._messages: list[Json] = []
         self._turn: Json | None = None
-        self._open_calls: set[str] = set()
+        # In order, and one id as often as it is called: not all are unique.
+        self._open_calls: list[str] = []
         self._aside: list[Json] = []
+        self._reasoning: Json = {}
 
     def add(self, step: Json) -> None:
         kind: str = step.get("type", "")
         if kind == "user_input":
             self._end_turn()
+            self._reasoning = {}
             self._flush_aside()
             self._messages.append({"role": "user", "content": _user_content(_blocks(step))})
         elif kind == "model_output":
-            if not step.get("error"):
+            if step.get("error"):
+                # What led to a broken answer goes with it.
+                self._reasoning = {}
+            else:
                 self._say(_blocks(step))
+        elif kind == "thought":
+            if self._dialect.takes_reasoning:
+                self._reasoning = opened(step.get("signature")) or self._reasoning
         elif kind.endswith("_call"):
             self._call(step, kind.removesuffix("_call"))
         elif kind.endswith("_result"):
@@ -79,7 +105,7 @@ class _Writer:
         # A call that the next interaction answers must stay last: media would come in between.
         if not self._open_calls:
             self._flush_aside()
-        return [orjson.dumps(message) for message in self._messages]
+        return [encoded(message) for message in self._messages]
 
     def _say(self, blocks: Sequence[Json]) -> None:
         kinds = ((block.get("type"), block) for block in blocks)
@@ -104,12 +130,13 @@ class _Writer:
 
     def _call(self, step: Json, family: str) -> None:
         known: str = step.get("id") or ""
-        name, arguments = _name_of(step, family), orjson.dumps(step.get("arguments") or {}).decode()
+        name = self._name(step, family)
+        arguments = encoded(step.get("arguments") or {}).decode()
         if family != "function" and known not in self._answered:
             self._append(f"[Called {name} with {arguments}; no result is known.]")
             return
         identifier = call_id(known)
-        self._open_calls.add(identifier)
+        self._open_calls.append(identifier)
         call = {"name": name, "arguments": arguments}
         calls: list[Json] = self._assistant().setdefault("tool_calls", [])
         calls.append({"id": identifier, "type": "function", "function": call})
@@ -118,19 +145,33 @@ class _Writer:
         identifier = call_id(step.get("call_id") or "")
         text, media = _result_content(step)
         if family != "function" and identifier not in self._open_calls:
-            self._append(f"[Result of {_name_of(step, family)}: {text}]")
+            self._append(f"[Result of {self._name(step, family)}: {text}]")
             return
         self._end_turn()
-        self._open_calls.discard(identifier)
+        if identifier in self._open_calls:
+            self._open_calls.remove(identifier)
         message = {"role": "tool", "tool_call_id": identifier, "content": text}
         self._messages.append(message)
         if media:
             self._aside += [_text(f"From the result of tool call {identifier}:"), *media]
 
     def _end_turn(self) -> None:
-        if self._turn is not None:
-            self._messages.append(self._turn)
-            self._turn = None
+        if self._turn is None:
+            return
+        blank = self._dialect.blank_reasoning
+        if "tool_calls" in self._turn:
+            self._turn |= self._reasoning
+        if blank is not None and "reasoning_content" not in self._turn:
+            self._turn["reasoning_content"] = blank
+        self._messages.append(self._turn)
+        self._turn, self._reasoning = None, {}
+
+    def _name(self, step: Json, family: str) -> str:
+        """A tool name that the model understands, in the vendor's alphabet."""
+        name: str = step.get("name") or family
+        if family == "mcp_server_tool":
+            return mcp_function(step.get("server_name") or "mcp", name)
+        return self._dialect.name(name)
 
     def _flush_aside(self) -> None:
         if self._aside:
@@ -147,22 +188,12 @@ def _blocks(step: Json) -> list[Json]:
     return [_text(content)] if isinstance(content, str) else content
 
 
-def _name_of(step: Json, family: str) -> str:
-    """A tool name that the model understands, in the vendor's alphabet."""
-    name: str = step.get("name") or family
-    if family == "function":
-        return name
-    if family == "mcp_server_tool":
-        return mcp_function(step.get("server_name") or "mcp", name)
-    return re.sub(r"[^a-zA-Z0-9_-]", "_", name)[:64]
-
-
 def _result_content(step: Json) -> tuple[str, list[Json]]:
     """What the `tool` message says, and the parts that must follow in a user message."""
     result: Any = step.get("result")
     media: list[Json] = []
-    if result is None:
-        text = "(no output)"
+    if result is None or result == []:
+        text = "" if step.get("is_error") else "(no output)"
     elif isinstance(result, str):
         text = result
     elif _is_content(result):
@@ -170,8 +201,10 @@ def _result_content(step: Json) -> tuple[str, list[Json]]:
         text = "\n".join(part["text"] for part in parts if part["type"] == "text")
         media = [part for part in parts if part["type"] != "text"]
     else:
-        text = orjson.dumps(result).decode()
-    return (f"Error: {text}" if step.get("is_error") else text), media
+        text = encoded(result).decode()
+    if not step.get("is_error"):
+        return text, media
+    return f"Error: {text}" if text.strip() else FAILED_SILENTLY, media
 
 
 def _is_content(result: object) -> bool:

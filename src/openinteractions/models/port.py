@@ -8,10 +8,14 @@ It never retries, never falls back and keeps no state between calls: that lives 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Final, Literal, Protocol, TypeAlias
 
 Json: TypeAlias = dict[str, Any]
 """One JSON object as `orjson.loads` gives it."""
+
+THOUGHTS_AS_GIVEN: Final = "as_given"
+"""A `thinking_summaries` that no caller sends: show what a model thinks anyway. The request asks
+for it only where every model of its kind takes that; a model that shows nothing is no downgrade."""
 
 FinishReason: TypeAlias = Literal["stop", "tool_calls", "max_tokens", "content_filter"]
 ThinkingLevel: TypeAlias = Literal["minimal", "low", "medium", "high", "xhigh"]
@@ -36,7 +40,7 @@ class Annotations:
 
 @dataclass(frozen=True, slots=True)
 class ThoughtDelta:
-    """A piece of a thought summary. Adapters send it only when summaries were asked for."""
+    """A piece of a thought summary. Adapters send it only where `ModelCall.shows_thoughts`."""
 
     text: str
 
@@ -138,6 +142,11 @@ class ModelCall:
     """`response_modalities`, lower case."""
     safety_settings: Sequence[Json] = ()
     service_tier: str | None = None
+
+    @property
+    def shows_thoughts(self) -> bool:
+        """Whether thought summaries are wanted, asked for or as they come."""
+        return self.generation.get("thinking_summaries") in ("auto", THOUGHTS_AS_GIVEN)
 
 
 class Model(Protocol):

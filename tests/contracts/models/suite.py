@@ -15,6 +15,7 @@ attributes hold the few facts in which vendors differ. Helpers for a vendor's ow
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -639,3 +640,98 @@ class ModelContract:
         async with model.stream(ask(model)) as events:
             async for _ in events:
                 raise error
+
+    # What vendors are strict about: the fakes refuse it as they do --------------------------------
+
+    async def test_function_names_of_every_kind(self, fake: FakeUpstream, model: Model) -> None:
+        names = ["plain", "a.b", "a:b", "a_b", "n" * 100]
+        tools = [{**WEATHER, "name": name} for name in names]
+
+        def call_all(received: Received) -> Reply:
+            wire = [name for name, _ in self.functions(received.json)]
+            assert len(set(wire)) == len(names)
+            calls = [ToolCall(f"c{at}", name, {}) for at, name in enumerate(wire)]
+            return reply(*calls, Finished("tool_calls", USAGE))
+
+        fake.replies = [call_all, reply(TextDelta("x")), reply(TextDelta("x"))]
+        events = await self.run(model, ask(model, tools=tools))
+        called = [event.name for event in events if isinstance(event, ToolCall)]
+        assert called == names
+        steps = [
+            user("x"),
+            *(
+                {"type": "function_call", "id": f"c{at}", "name": name, "arguments": {}}
+                for at, name in enumerate(names)
+            ),
+            *({"type": "function_result", "call_id": f"c{at}", "result": "r"} for at in range(5)),
+        ]
+        await self.run(model, ask(model, steps, tools=tools))
+        wire = [name for name, _ in self.functions(fake.requests[-1].json)]
+        assert [call.name for call in self.calls(fake.requests[-1].json)] == wire
+        choice = {"allowed_tools": {"mode": "auto", "tools": ["a.b"]}}
+        await self.run(model, ask(model, tools=tools, tool_choice=choice))
+        assert orjson.dumps(wire[1]) in orjson.dumps(fake.requests[-1].json)
+
+    @pytest.mark.parametrize(
+        "schema",
+        [
+            {},
+            {"type": "object"},
+            {"type": "string"},
+            {"properties": {"a": {}}},
+            {"anyOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]},
+            {"type": ["object", "null"], "oneOf": [{"required": ["a"]}], "not": {"type": "null"}},
+            {"$ref": "#/$defs/A", "$defs": {"A": {"type": "object", "allOf": [{}]}}},
+        ],
+    )
+    async def test_parameters_of_every_kind(
+        self, fake: FakeUpstream, model: Model, schema: Json
+    ) -> None:
+        fake.replies = [reply(TextDelta("x"))]
+        tools = [{"type": "function", "name": "f", "parameters": schema}]
+        await self.run(model, ask(model, tools=tools))
+
+    async def test_calls_with_one_id(self, fake: FakeUpstream, model: Model) -> None:
+        """Rows of earlier versions have them, and so may steps that a client sends."""
+
+        def turn(*answers: str) -> list[Json]:
+            call = {"type": "function_call", "id": "call_0", "name": "f", "arguments": {}}
+            result = {"type": "function_result", "call_id": "call_0"}
+            return [call for _ in answers] + [{**result, "result": told} for told in answers]
+
+        fake.replies = [reply(TextDelta("x"))]
+        first, second = [user("x"), *turn("r1", "r2")], [user("x"), *turn("r3"), *turn("r4")]
+        await self.run(model, ask(model, first, [*second, *turn("r5")[:1]], turn("r5")[1:]))
+        results = self.results(fake.requests[-1].json)
+        found = [re.findall(r"r\d", result.text) for result in results]
+        assert found == [["r1"], ["r2"], ["r3"], ["r4"], ["r5"]]
+        keys = [call.key for call in self.calls(fake.requests[-1].json)]
+        assert [result.key for result in results] == keys
+
+    @pytest.mark.parametrize("told", [None, "", "  ", [], [text(" ")]])
+    async def test_errors_that_say_nothing(
+        self, fake: FakeUpstream, model: Model, told: object
+    ) -> None:
+        fake.replies = [reply(TextDelta("x"))]
+        steps = [
+            user("x"),
+            {"type": "mcp_server_tool_call", "id": "m", "name": "f", "server_name": "s"},
+            {"type": "mcp_server_tool_result", "call_id": "m", "result": told, "is_error": True},
+        ]
+        await self.run(model, ask(model, steps))
+        assert len(self.calls(fake.requests[-1].json)) == 1
+
+    async def test_no_text_has_nuls(self, fake: FakeUpstream, model: Model) -> None:
+        fake.replies = [reply(TextDelta("x"))]
+        steps = [
+            user("a\0b"),
+            {"type": "code_execution_call", "id": "c", "arguments": {"code": "c\0d"}},
+            {"type": "code_execution_result", "call_id": "c", "result": [text("e\0f")]},
+            said("g\0h"),
+            user(r"but \u0000 in words"),
+        ]
+        await self.run(model, ask(model, steps, system="i\0j", tools=[WEATHER]))
+        sent = orjson.dumps(fake.requests[-1].json).decode()
+        assert r"but \\u0000 in words" in sent
+        assert r"\u0000" not in sent.replace(r"\\u0000", "")
+        assert all(f"{a}\ufffd{b}" in sent for a, b in ("ab", "cd", "ef", "gh", "ij"))

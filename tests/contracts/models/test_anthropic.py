@@ -15,6 +15,7 @@ from openinteractions.models import anthropic as adapter_module
 from openinteractions.models.anthropic import AnthropicModel
 from openinteractions.models.anthropic_models import traits
 from openinteractions.models.port import (
+    THOUGHTS_AS_GIVEN,
     Annotations,
     Finished,
     Json,
@@ -236,7 +237,7 @@ class TestAnthropic(ModelContract):
 
     # Thinking ---------------------------------------------------------------------------------
 
-    @pytest.mark.parametrize("summaries", ["auto", "none"])
+    @pytest.mark.parametrize("summaries", ["auto", THOUGHTS_AS_GIVEN, "none"])
     async def test_thoughts_go_back_as_they_came(
         self, fake: FakeAnthropic, model: AnthropicModel, summaries: str
     ) -> None:
@@ -247,7 +248,7 @@ class TestAnthropic(ModelContract):
         ]
         events = await self.run(model, ask(model, generation={"thinking_summaries": summaries}))
         shown = "".join(event.text for event in events if isinstance(event, ThoughtDelta))
-        assert shown == ("hm, well" if summaries == "auto" else "")
+        assert shown == ("" if summaries == "none" else "hm, well")
         (signature,) = [one.signature for one in events if isinstance(one, ThoughtSignature)]
         thought: Json = {"type": "thought", "signature": signature}
         if shown:
@@ -289,6 +290,15 @@ class TestAnthropic(ModelContract):
         [
             (NEW, {}, (None, None, [])),
             (NEW, {"thinking_summaries": "auto"}, ("summarized", None, [])),
+            (NEW, {"thinking_summaries": THOUGHTS_AS_GIVEN}, (None, None, [])),
+            ("claude-opus-5", {"thinking_summaries": "none"}, (None, None, [])),
+            (
+                "claude-opus-5",
+                {"thinking_summaries": THOUGHTS_AS_GIVEN},
+                ("summarized", None, []),
+            ),
+            (BUDGET, {"thinking_summaries": THOUGHTS_AS_GIVEN}, (None, None, [])),
+            ("other-model", {"thinking_summaries": THOUGHTS_AS_GIVEN}, (None, None, [])),
             (NEW, {"thinking_level": "minimal"}, ("omitted", "low", ["thinking_level"])),
             (NEW, {"thinking_level": "xhigh"}, ("omitted", "xhigh", [])),
             (ADAPTIVE, {"thinking_level": "xhigh"}, ("omitted", "high", ["thinking_level"])),
@@ -541,9 +551,67 @@ class TestAnthropic(ModelContract):
             "tool_result",
         ]
         assert messages[2]["content"] == [
-            {"type": "tool_result", "tool_use_id": "a_b"},
+            {"type": "tool_result", "tool_use_id": "a_b_e56a617bbe0d"},
             {"type": "text", "text": "also"},
         ]
+
+    async def test_a_failed_calls_picture_stands_behind_the_results(
+        self, fake: FakeAnthropic, model: AnthropicModel
+    ) -> None:
+        picture = {"type": "image", "mime_type": "image/png", "data": PNG}
+        failed = {"type": "code_execution_result", "is_error": True}
+        begun = [
+            user("x"),
+            *({"type": "code_execution_call", "id": name, "arguments": {}} for name in "ab"),
+            {"type": "function_call", "id": "c", "name": "now", "arguments": {}},
+            {**failed, "call_id": "a", "result": [text("oops"), picture]},
+            {**failed, "call_id": "b", "result": [picture]},
+        ]
+        answered = [{"type": "function_result", "call_id": "c", "result": "1"}, user("well?")]
+        fake.default = reply(TextDelta("x"))
+        await self.run(model, ask(model, begun, answered))
+        _, _, message = fake.requests[-1].json["messages"]
+        results, shown = message["content"][:3], message["content"][3:]
+        assert [one.get("content") for one in results] == [
+            [text("oops")],
+            "Failed, without a message.",
+            "1",
+        ]
+        kinds = [block["type"] for block in shown]
+        assert kinds == ["text", "image", "text", "image", "text"]
+        assert "a" in shown[0]["text"]
+
+    async def test_a_picture_before_an_open_call(
+        self, fake: FakeAnthropic, model: AnthropicModel
+    ) -> None:
+        picture = {"type": "image", "uri": "https://x/a.png"}
+        made = {"type": "model_output", "content": [text("Here:"), picture]}
+        call = {"type": "function_call", "id": "c", "name": "now", "arguments": {}}
+        result = {"type": "function_result", "call_id": "c", "result": "1"}
+        fake.default = reply(TextDelta("x"))
+        await self.run(model, ask(model, [user("x"), made, call], [result]))
+        kinds = [block["type"] for _, block in blocks(fake.requests[-1].json)]
+        assert kinds == ["text", "text", "tool_use", "tool_result", "text", "image"]
+
+    def test_ids_that_it_does_not_take_stay_apart(self, model: AnthropicModel) -> None:
+        names = ["a.b", "a:b", "a_b", "x" * 65, "x" * 64]
+        call = {"type": "function_call", "name": "f", "arguments": {}}
+        (message,) = compiled(model, *({**call, "id": name} for name in names))
+        ids = [block["id"] for block in message["content"]]
+        assert len(set(ids)) == len(names)
+        assert ids[2:] == ["a_b", ids[3], "x" * 64]
+
+    async def test_calls_in_the_history_without_tools(
+        self, fake: FakeAnthropic, model: AnthropicModel
+    ) -> None:
+        fake.default = reply(TextDelta("x"))
+        await self.run(model, ask(model, HISTORY, [user("and now?")]))
+        sent = fake.requests[-1].json
+        assert sent["tool_choice"] == {"type": "none"}
+        assert {"code_execution", "docs__lookup"} <= {tool["name"] for tool in sent["tools"]}
+        PARAMS.validate_python(sent)
+        await self.run(model, ask(model, [user("x")]))
+        assert "tools" not in fake.requests[-1].json
 
     def test_pictures_of_the_models_own(self, model: AnthropicModel) -> None:
         picture = {"type": "image", "mime_type": "image/png", "data": PNG}

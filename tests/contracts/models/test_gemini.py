@@ -13,6 +13,7 @@ from openinteractions.errors import Invalid, ModelRejected, ModelUnavailable
 from openinteractions.models import gemini
 from openinteractions.models.gemini import GeminiModel
 from openinteractions.models.port import (
+    THOUGHTS_AS_GIVEN,
     Annotations,
     Finished,
     Json,
@@ -406,6 +407,24 @@ class TestGemini(ModelContract):
         sent = orjson.loads(model.compile([user("x"), *steps], G3)[1])
         assert sent["parts"] == [call, answer]
 
+    async def test_old_models_go_without_their_own_tools_beside_functions(
+        self, fake: FakeGemini, model: GeminiModel
+    ) -> None:
+        """As fallbacks of models that take both: they would refuse the request."""
+        fake.default = reply(TextDelta("x"))
+        search = {"type": "google_search"}
+        for name in ("gemini-2.5-flash", "gemini-2.0-flash"):
+            call = ask_as(model, name, tools=[WEATHER, search])
+            assert [warning.field for warning in model.check(call)] == ["tools[1]"]
+            await self.run(model, call)
+            request = fake.requests[-1].json
+            assert [list(tool) for tool in request["tools"]] == [["functionDeclarations"]]
+            assert "toolConfig" not in request
+            call = ask_as(model, name, tools=[search, {"type": "url_context"}])
+            assert model.check(call) == []
+            await self.run(model, call)
+            assert len(fake.requests[-1].json["tools"]) == 2
+
     # Media ------------------------------------------------------------------------------------
 
     async def test_media_out(self, fake: FakeGemini, model: GeminiModel) -> None:
@@ -673,6 +692,30 @@ class TestGemini(ModelContract):
         await self.run(model, ask_as(model, "gemini-2.5-flash", generation=generation))
         thinking = fake.requests[-1].json["generationConfig"]["thinkingConfig"]
         assert thinking == {"thinkingBudget": 8192}
+
+    @pytest.mark.parametrize(
+        ("name", "is_asked"),
+        [
+            ("gemini-3.5-flash", True),
+            ("gemini-2.5-pro", True),
+            ("gemini-flash-latest", True),
+            ("gemini-2.5-flash-lite", False),
+            ("gemini-2.5-flash-preview-tts", False),
+            ("gemini-2.0-flash", False),
+            ("gemma-4-27b-it", False),
+        ],
+    )
+    async def test_thoughts_are_asked_for_where_there_are_some_anyway(
+        self, fake: FakeGemini, model: GeminiModel, name: str, *, is_asked: bool
+    ) -> None:
+        fake.default = reply(ThoughtDelta("hm"), TextDelta("x"))
+        generation = {"thinking_summaries": THOUGHTS_AS_GIVEN}
+        call = ask_as(model, name, generation=generation)
+        assert model.check(call) == []
+        events = await self.run(model, call)
+        assert events[0] == ThoughtDelta("hm")
+        sent = fake.requests[-1].json.get("generationConfig", {})
+        assert sent == ({"thinkingConfig": {"includeThoughts": True}} if is_asked else {})
 
     # Ends -------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ import base64
 import re
 from typing import Any
 
+import aiohttp
 import orjson
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
@@ -15,6 +16,7 @@ from openinteractions.models import openai
 from openinteractions.models.openai import OpenAIModel
 from openinteractions.models.openai_messages import call_id
 from openinteractions.models.port import (
+    THOUGHTS_AS_GIVEN,
     Annotations,
     Finished,
     Json,
@@ -23,6 +25,7 @@ from openinteractions.models.port import (
     ModelCall,
     TextDelta,
     ThoughtDelta,
+    ThoughtSignature,
     ToolCall,
 )
 from openinteractions.models.transport import Upstream
@@ -420,12 +423,141 @@ class TestOpenAICompatible(ModelContract):
         events = await self.raw(fake, model, *chunks, generation=asked)
         assert events[:2] == [ThoughtDelta("hm"), TextDelta("x")]
 
+    async def test_reasoning_that_comes_anyway(self, fake: FakeUpstream, model: Model) -> None:
+        chunks = delta({"reasoning": "hm"}), delta({"content": "x"}), delta({}, "stop"), DONE
+        generation = {"thinking_summaries": THOUGHTS_AS_GIVEN}
+        events = await self.raw(fake, model, *chunks, generation=generation)
+        assert events[:2] == [ThoughtDelta("hm"), TextDelta("x")]
+        asked = fake.requests[-1].json
+        await self.raw(fake, model, *chunks)
+        assert asked == fake.requests[-1].json
+        assert model.check(ask(model, generation=generation)) == []
+
     async def test_parts_of_mistral(self, fake: FakeUpstream, model: Model) -> None:
         thinking = {"type": "thinking", "thinking": [text("hm")]}
         chunks = delta({"content": [thinking, text("x")]}), delta({}, "stop"), DONE
         asked = {"thinking_summaries": "auto"}
         events = await self.raw(fake, model, *chunks, generation=asked)
         assert events[:2] == [ThoughtDelta("hm"), TextDelta("x")]
+
+    @pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+    @pytest.mark.parametrize("summaries", ["auto", "none"])
+    async def test_what_led_to_calls_goes_back_in_its_own_field(
+        self, fake: FakeUpstream, model: Model, name: str, summaries: str
+    ) -> None:
+        chunks = [
+            delta({name: "hm, "}),
+            delta({name: "well"}),
+            delta({"content": "Let me see."}),
+            tool_delta({"index": 0, "id": "c", "function": {"name": "now", "arguments": "{}"}}),
+            delta({}, "tool_calls"),
+        ]
+        asked = {"thinking_summaries": summaries}
+        events = await self.raw(fake, model, *chunks, DONE, generation=asked)
+        signatures = [one.signature for one in events if isinstance(one, ThoughtSignature)]
+        if self.official:
+            assert signatures == []
+            return
+        assert isinstance(events[-2], ToolCall)
+        steps = [
+            user("x"),
+            said("Let me see."),
+            {"type": "thought", "signature": signatures[0]},
+            {"type": "function_call", "id": "c", "name": "now", "arguments": {}},
+        ]
+        result = {"type": "function_result", "call_id": "c", "result": "12"}
+        _, turn, _, last = compiled(model, *steps, result, said("Noon."))
+        assert turn[name] == "hm, well"
+        assert turn["content"] == "Let me see."
+        assert set(last) == {"role", "content"}
+        # The call is there before its result is.
+        assert compiled(model, *steps)[-1][name] == "hm, well"
+
+    async def test_reasoning_without_calls_is_not_kept(
+        self, fake: FakeUpstream, model: Model
+    ) -> None:
+        chunks = delta({"reasoning": "hm"}), delta({"content": "x"}), delta({}, "stop"), DONE
+        events = await self.raw(fake, model, *chunks)
+        assert [type(event) for event in events] == [TextDelta, Finished]
+
+    async def test_reasoning_that_is_long_keeps_its_end(
+        self, fake: FakeUpstream, model: Model
+    ) -> None:
+        if self.official:
+            return
+        call = tool_delta({"index": 0, "id": "c", "function": {"name": "now"}})
+        chunks = [delta({"reasoning": f"{at:>1000}"}) for at in range(300)]
+        events = await self.raw(fake, model, *chunks, call, delta({}, "tool_calls"), DONE)
+        sealed = next(one.signature for one in events if isinstance(one, ThoughtSignature))
+        kept = orjson.loads(sealed)["reasoning"]
+        assert len(kept) == 256 * 1024
+        assert kept.endswith("299")
+
+    async def test_details_of_reasoning_go_back_whole(
+        self, fake: FakeUpstream, model: Model
+    ) -> None:
+        if self.official:
+            return
+        piece = {"type": "reasoning.text", "index": 0, "format": "f"}
+        secret = {"type": "reasoning.encrypted", "data": "c2VjcmV0", "index": 1}
+        details = [
+            {**piece, "text": "hm, "},
+            {**piece, "text": "well", "signature": "QUJD"},
+            secret,
+        ]
+        chunks = [delta({"reasoning": "hm", "reasoning_details": [one]}) for one in details]
+        call = tool_delta({"index": 0, "id": "c", "function": {"name": "now"}})
+        events = await self.raw(fake, model, *chunks, call, delta({}, "tool_calls"), DONE)
+        sealed = next(one.signature for one in events if isinstance(one, ThoughtSignature))
+        step = {"type": "function_call", "id": "c", "name": "now", "arguments": {}}
+        (turn,) = compiled(model, {"type": "thought", "signature": sealed}, step)
+        assert turn["reasoning_details"] == [
+            {**piece, "text": "hm, well", "signature": "QUJD"},
+            secret,
+        ]
+        assert "reasoning" not in turn
+
+    def test_reasoning_stays_with_its_own_turn(self, model: Model) -> None:
+        def turn(number: int) -> list[Json]:
+            sealed = orjson.dumps({"reasoning_content": f"thought-{number}"}).decode()
+            call = {"type": "code_execution_call", "id": f"c{number}", "arguments": {}}
+            result = {"type": "code_execution_result", "call_id": f"c{number}", "result": "r"}
+            return [{"type": "thought", "signature": sealed}, call, result]
+
+        broken = {**said("bro"), "error": {"code": 13}}
+        others = {"type": "thought", "signature": "not ours"}
+        thoughtless = turn(3)[1:]
+        after_broken = [turn(9)[0], broken, others, *turn(4)[1:]]
+        steps = [*turn(1), *turn(2), *thoughtless, *after_broken, said("done")]
+        found = [
+            message.get("reasoning_content")
+            for message in compiled(model, user("x"), *steps)
+            if message["role"] == "assistant"
+        ]
+        thoughts = [None, None] if self.official else ["thought-1", "thought-2"]
+        assert found == [*thoughts, None, None, None]
+
+    @pytest.mark.parametrize("signature", ["[1]", "{", '{"role": "system"}', '{"reasoning": 1}'])
+    def test_signatures_that_are_not_ours(self, model: Model, signature: str) -> None:
+        call = {"type": "function_call", "id": "c", "name": "f", "arguments": {}}
+        (turn,) = compiled(model, {"type": "thought", "signature": signature}, call)
+        assert set(turn) == {"role", "content", "tool_calls"}
+        assert turn["role"] == "assistant"
+
+    @pytest.mark.parametrize(
+        ("base_url", "blank"),
+        [
+            ("https://api.moonshot.ai/v1", " "),
+            ("https://api.deepseek.com", ""),
+            ("https://gateway.example/api.deepseek.com", None),
+        ],
+    )
+    async def test_servers_that_want_reasoning_get_a_blank_for_what_was_lost(
+        self, session: aiohttp.ClientSession, base_url: str, blank: str | None
+    ) -> None:
+        model = self.connect(session, base_url)
+        call = {"type": "function_call", "id": "c", "name": "f", "arguments": {}}
+        assert compiled(model, call)[0].get("reasoning_content") == blank
 
     async def test_inline_think_tags_stay_text(self, fake: FakeUpstream, model: Model) -> None:
         chunks = delta({"content": "<think>hm</think>x"}), delta({}, "stop"), DONE
@@ -536,6 +668,14 @@ class TestOpenAI(TestOpenAICompatible):
                 "tools": [{"type": "function", "function": {"name": "get_weather"}}],
             },
         }
+
+    async def test_how_many_tools_it_takes(self, fake: FakeUpstream, model: Model) -> None:
+        tools = [{"type": "function", "name": f"f{at}"} for at in range(129)]
+        with pytest.raises(Invalid, match=r"129 functions.*128 at most"):
+            model.check(ask(model, tools=tools))
+        fake.replies = [reply(TextDelta("x"))]
+        assert model.check(ask(model, tools=tools[1:])) == []
+        await self.run(model, ask(model, tools=tools[1:]))
 
     def test_images_are_fetched_by_openai(self, model: Model) -> None:
         assert model.takes_uri("image", "https://x/y.png")

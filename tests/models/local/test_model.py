@@ -16,7 +16,14 @@ from openinteractions.errors import (
     SetupError,
 )
 from openinteractions.models.local.runtime import LocalRuntime
-from openinteractions.models.port import Finished, Model, ModelCall, TextDelta, ToolCall
+from openinteractions.models.port import (
+    THOUGHTS_AS_GIVEN,
+    Finished,
+    Model,
+    ModelCall,
+    TextDelta,
+    ToolCall,
+)
 from openinteractions.settings import LocalSettings
 
 NAME = "smollm2-135m"
@@ -331,4 +338,6 @@ async def test_what_changes_nothing_is_warned_about(idle_model):
         "service_tier",
         "generation_config.stop_sequences",
     ]
-    assert idle_model.check(make_call(idle_model, service_tier="standard")) == []
+    anyway = {"thinking_summaries": THOUGHTS_AS_GIVEN}
+    call = make_call(idle_model, service_tier="standard", generation=anyway)
+    assert idle_model.check(call) == []

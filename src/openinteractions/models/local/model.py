@@ -8,6 +8,7 @@ from typing import Any, Final, Protocol, cast
 from openinteractions.errors import Invalid
 from openinteractions.models.local import protocol
 from openinteractions.models.openai import OpenAIModel
+from openinteractions.models.openai_messages import Dialect
 from openinteractions.models.port import (
     Finished,
     Json,
@@ -21,6 +22,8 @@ from openinteractions.models.transport import Upstream
 
 _DEFAULT_OUTPUT_TOKENS: Final = 1024
 _PASSED_ON: Final = ("max_output_tokens", "seed", "stop_sequences", "temperature", "top_p")
+# Functions are told in words, under their own names.
+_DIALECT: Final = Dialect(takes_reasoning=False, name=str)
 _MEDIA: Final = frozenset({"image", "audio", "video"})
 _TEXT_LIKE: Final = frozenset({"application/json", "application/xml", "application/csv"})
 
@@ -50,7 +53,7 @@ class LocalModel:
     def __init__(self, servers: Servers, nowhere: Upstream) -> None:
         self._servers = servers
         # Turning steps into messages needs no server.
-        self._wire = OpenAIModel(nowhere, provider=self.provider, official=False)
+        self._wire = OpenAIModel(nowhere, provider=self.provider, official=False, dialect=_DIALECT)
 
     def compile(self, steps: Sequence[Json], model: str) -> list[bytes]:
         """See the port. Text only."""
@@ -143,7 +146,7 @@ def _settings(generation: Mapping[str, Any]) -> Iterable[Warning]:
     for name, value in generation.items():
         if value in (None, [], {}) or name in _PASSED_ON:
             continue
-        if name == "thinking_level" or (name == "thinking_summaries" and value != "none"):
+        if name == "thinking_level" or (name == "thinking_summaries" and value == "auto"):
             yield _ignored(f"generation_config.{name}", "The local models do not think.")
         elif name.endswith("_config"):
             raise Invalid(f"The field 'generation_config.{name}' is not supported with this model.")
