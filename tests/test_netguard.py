@@ -5,9 +5,10 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from dataclasses import dataclass
 from ipaddress import ip_network
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -254,10 +255,63 @@ async def test_what_cannot_be_had_is_explained(site: Site, allowed: Fetcher, pat
     assert len(site.hits) <= 6
 
 
+@pytest.mark.parametrize(
+    ("scheme", "sent", "why"),
+    [
+        ("http", None, "the host cannot be reached (Connection refused)"),
+        ("http", b"", "the connection to the host broke"),
+        ("http", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nx", "its answer broke off"),
+        ("http", b"SSH-2.0\r\n\r\n", "the host's answer is not understood"),
+        ("https", b"HTTP/1.1 400 no\r\n\r\n", "no secure connection to the host could be made"),
+    ],
+)
+async def test_what_goes_wrong_on_the_way_is_told_in_words(
+    allowed: Fetcher, scheme: str, sent: bytes | None, why: str
+):
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(4096)
+        writer.write(sent or b"")
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    if sent is None:
+        server.close()
+        await server.wait_closed()
+    async with server:
+        with pytest.raises(Invalid) as caught:
+            await allowed.fetch(f"{scheme}://127.0.0.1:{port}/a")
+    assert caught.value.message == f"Cannot fetch '{scheme}://127.0.0.1:{port}/a': {why}."
+
+
+async def test_a_name_that_is_none_is_told_in_words(allowed: Fetcher, monkeypatch):
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(Invalid) as caught:
+        await allowed.fetch("https://nobody.example/a")
+    told = "Cannot fetch 'https://nobody.example/a': the name of its host cannot be resolved."
+    assert caught.value.message == told
+
+
 async def test_a_message_shows_no_password_and_no_query(site: Site, allowed: Fetcher):
     with pytest.raises(Invalid) as caught:
         await allowed.fetch(f"http://me:hush@127.0.0.1:{site.port}/no?token=hush")
     assert "hush" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("nonsense", "nonsense"), ("file:///etc/passwd", "file:///etc/passwd"),
+        ("ftp://me:hush@8.8.8.8:21/x?y", "ftp://8.8.8.8:21/x"),
+    ],
+)  # fmt: skip
+async def test_a_message_shows_the_url_as_it_is(guarded: Fetcher, url: str, shown: str):
+    with pytest.raises(Invalid) as caught:
+        await guarded.fetch(url)
+    assert f"Cannot fetch '{shown}':" in caught.value.message
 
 
 async def test_a_refusal_says_that_it_is_one(guarded: Fetcher):
@@ -329,7 +383,8 @@ async def test_slow_names_keep_nobody_else(site: Site, allowed: Fetcher, monkeyp
     assert time.monotonic() - began < 5
     assert {type(each) for each in ended} == {Unreachable}
     assert "'3.tarpit.example' could not be looked up within 1 seconds" in str(ended[3])
-    # Those that waited are gone; the others leave when their look-up does.
+    # They have gone; the threads stay until their look-up ends, and leave some for other domains.
+    assert (await allowed.fetch(f"http://localhost:{site.port}/x")).data == b"secret"
     with pytest.raises(Unreachable, match="could not be looked up"):
         await allowed.request("POST", urls[0], b"", {}, silence_s=5)
     over.set()
@@ -346,6 +401,40 @@ async def test_closing_ends_the_threads_that_look_up(site: Site):
         await asyncio.to_thread(thread.join, 5)
         assert not thread.is_alive()
     await fetcher.close()
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_one_owner_leaves_connections_to_the_others(method: str):
+    over, hits = asyncio.Event(), list[str]()
+
+    async def answer(request: web.Request) -> web.Response:
+        hits.append(request.path)
+        if request.path == "/tarpit":
+            await over.wait()
+        return web.Response(body=b"found")
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", answer)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    base = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    fetcher = Fetcher(Guard([ip_network("127.0.0.0/8")]), max_bytes=4000, connections=20)
+
+    def asks(path: str, owner: str) -> Coroutine[Any, Any, object]:
+        if method == "GET":
+            return fetcher.fetch(f"{base}/{path}", owner=owner)
+        return fetcher.post_form(f"{base}/{path}", {}, {}, max_bytes=99, owner=owner)
+
+    greedy = [asyncio.ensure_future(asks("tarpit", "greedy")) for _ in range(30)]
+    async with asyncio.timeout(10):
+        await asyncio.gather(*(asks("x", f"other-{n}") for n in range(10)))
+    assert hits.count("/tarpit") == 2
+    over.set()
+    await asyncio.gather(*greedy)
+    assert hits.count("/tarpit") == 30
+    await fetcher.close()
+    await runner.cleanup()
 
 
 def test_an_address_keeps_its_interface():

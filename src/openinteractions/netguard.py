@@ -7,7 +7,9 @@ checked, so a name that changes its mind in between gains nothing.
 
 import asyncio
 import base64
+import contextlib
 import functools
+import os
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,12 +23,13 @@ from ipaddress import (
     ip_address,
 )
 from typing import Any
-from urllib.parse import urlencode, urljoin, urlsplit
+from urllib.parse import urlencode, urljoin, urlsplit, urlunsplit
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 from openinteractions.errors import Invalid
+from openinteractions.turns import Turns
 
 _MAX_REDIRECTS = 5
 _LOOKUP_S = 5.0
@@ -127,6 +130,7 @@ class _GuardedResolver(AbstractResolver):
     def __init__(self, guard: Guard) -> None:
         self._guard = guard
         self._threads = ThreadPoolExecutor(_LOOKUP_THREADS, thread_name_prefix="fetch-dns")
+        self._turns = Turns(_LOOKUP_THREADS)
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
@@ -139,10 +143,9 @@ class _GuardedResolver(AbstractResolver):
             type=socket.SOCK_STREAM,
             flags=socket.AI_ADDRCONFIG,
         )
-        loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(_LOOKUP_S):
-                found = await loop.run_in_executor(self._threads, look_up)
+                found = await self._looked_up(_domain(host), look_up)
         except TimeoutError as error:
             raise Unreachable(
                 f"The name '{host}' could not be looked up within {_LOOKUP_S:g} seconds."
@@ -153,8 +156,27 @@ class _GuardedResolver(AbstractResolver):
                 raise Refused(f"The host '{host}' leads to an address that is not public.")
         return addresses
 
+    async def _looked_up(self, domain: str, look_up: Callable[[], list[Any]]) -> list[Any]:
+        """What a thread finds. It goes on when its time is up: until it ends, it counts."""
+        loop = asyncio.get_running_loop()
+
+        def ended(_: object) -> None:
+            # The loop may be over by then.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(self._turns.give, domain)
+
+        # Names are slow by their domain's servers: a project would have to have many.
+        await self._turns.take(domain)
+        begun = self._threads.submit(look_up)
+        begun.add_done_callback(ended)
+        return await asyncio.wrap_future(begun)
+
     async def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _domain(host: str) -> str:
+    return ".".join(host.lower().rstrip(".").split(".")[-2:])
 
 
 def _resolved(host: str, port: int, entry: Any) -> ResolveResult:  # noqa: ANN401 - getaddrinfo's
@@ -196,9 +218,11 @@ class Fetcher:
         Args:
             guard: Decides.
             max_bytes: Of one file.
-            connections: At most at once; the next one waits.
+            connections: At most at once; the next one waits. An owner has a ninth of those that
+                nobody has, or less.
         """
         self._guard = guard
+        self._turns = Turns(connections)
         self.max_bytes = max_bytes
         """Largest file, and most that one interaction fetches in all."""
         self._connections = connections
@@ -209,6 +233,7 @@ class Fetcher:
         self,
         url: str,
         *,
+        owner: str | None = None,
         permits: Callable[[str], None] | None = None,
         headers: Mapping[str, str] | None = None,
         max_bytes: int | None = None,
@@ -218,6 +243,7 @@ class Fetcher:
 
         Args:
             url: Where; redirects are followed.
+            owner: For whom, where one may not keep the connections from the others.
             permits: Called with it, and with what each redirect leads to, before anything is sent
                 there; refuses by raising.
             headers: Sent there, and wherever a redirect leads.
@@ -230,22 +256,35 @@ class Fetcher:
             Unwelcome: It has nothing to give; the error has the status.
             Invalid: It is no http(s) URL, cannot be had, or is too large; the message says so.
         """
-        for _ in range(_MAX_REDIRECTS + 1):
-            self._check(url)
-            if permits is not None:
-                permits(url)
-            try:
-                async with self._open().get(
-                    url, allow_redirects=False, timeout=_TIMEOUT, headers=headers
-                ) as response:
-                    target = response.headers.get("Location")
-                    if response.status in _REDIRECTS and target:
-                        url = urljoin(url, target)
-                        continue
-                    return await self._read(response, url, max_bytes, grows)
-            except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
-                raise _explained(error, url) from error
+        async with self._turn(owner):
+            for _ in range(_MAX_REDIRECTS + 1):
+                self._check(url)
+                if permits is not None:
+                    permits(url)
+                try:
+                    async with self._open().get(
+                        url, allow_redirects=False, timeout=_TIMEOUT, headers=headers
+                    ) as response:
+                        target = response.headers.get("Location")
+                        if response.status in _REDIRECTS and target:
+                            url = urljoin(url, target)
+                            continue
+                        return await self._read(response, url, max_bytes, grows)
+                except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+                    raise _explained(error, url) from error
         raise Invalid(f"Cannot fetch '{_shown(url)}': too many redirects.")
+
+    @asynccontextmanager
+    async def _turn(self, owner: str | None) -> AsyncGenerator[None]:
+        """A connection's place, for as long as it is used."""
+        if owner is None:
+            yield
+            return
+        await self._turns.take(owner)
+        try:
+            yield
+        finally:
+            self._turns.give(owner)
 
     @asynccontextmanager
     async def stream(self, url: str, *, max_bytes: int) -> AsyncGenerator[AsyncIterator[bytes]]:
@@ -291,7 +330,13 @@ class Fetcher:
             raise _explained(error, url) from error
 
     async def post_form(
-        self, url: str, fields: Mapping[str, str], headers: Mapping[str, str], *, max_bytes: int
+        self,
+        url: str,
+        fields: Mapping[str, str],
+        headers: Mapping[str, str],
+        *,
+        max_bytes: int,
+        owner: str | None = None,
     ) -> tuple[int, bytes]:
         """POST a form, without following redirects; the answer's status and body.
 
@@ -301,13 +346,16 @@ class Fetcher:
         """
         self._check(url)
         try:
-            async with self._open().post(
-                url,
-                data=urlencode(fields).encode(),
-                headers={"Content-Type": "application/x-www-form-urlencoded", **headers},
-                allow_redirects=False,
-                timeout=_CALLBACK_TIMEOUT,
-            ) as response:
+            async with (
+                self._turn(owner),
+                self._open().post(
+                    url,
+                    data=urlencode(fields).encode(),
+                    headers={"Content-Type": "application/x-www-form-urlencoded", **headers},
+                    allow_redirects=False,
+                    timeout=_CALLBACK_TIMEOUT,
+                ) as response,
+            ):
                 return response.status, await _bounded(response, url, max_bytes)
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
             raise _explained(error, url) from error
@@ -456,13 +504,38 @@ def _explained(error: Exception, url: str) -> Invalid:
         if isinstance(cause, Refused):
             return cause
         cause = cause.__cause__ or cause.__context__
-    return Invalid(f"Cannot fetch '{_shown(url)}': {type(error).__name__}.")
+    return Invalid(f"Cannot fetch '{_shown(url)}': {_reason(error)}.")
+
+
+def _reason(error: Exception) -> str:  # noqa: PLR0911 - one for each way to fail
+    match error:
+        case aiohttp.ClientConnectorDNSError():
+            return "the name of its host cannot be resolved"
+        case aiohttp.ClientConnectorCertificateError():
+            return "the host's certificate is not valid"
+        case aiohttp.ClientSSLError():
+            return "no secure connection to the host could be made"
+        case aiohttp.ClientConnectorError():
+            # Not `strerror`, which has the address.
+            why = os.strerror(error.os_error.errno or 0)
+            return f"the host cannot be reached ({why})"
+        case TimeoutError():
+            return "it took too long"
+        case aiohttp.ClientPayloadError():
+            return "its answer broke off"
+        case aiohttp.ServerDisconnectedError() | OSError():
+            return "the connection to the host broke"
+        case ValueError():
+            return "it is no valid URL"
+        case _:
+            return "the host's answer is not understood"
 
 
 def _shown(url: str) -> str:
     """A URL for messages: without user, password and query."""
     try:
         parts = urlsplit(url)
-        return f"{parts.scheme}://{parts.hostname}{parts.path}"[:200]
+        place = parts.netloc.rpartition("@")[2]
+        return urlunsplit((parts.scheme, place, parts.path, "", ""))[:200]
     except ValueError:
         return url[:100]

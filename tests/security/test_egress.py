@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from openinteractions.netguard import Guard
+from openinteractions.sandbox.egress.dial import Asker
 from openinteractions.sandbox.egress.inject import Bearer, Placeholder, placeholder
 from openinteractions.sandbox.egress.policy import Reach
 from openinteractions.sandbox.egress.proxy import Kind
@@ -81,17 +82,17 @@ SPELLINGS = [
 
 @pytest.mark.parametrize("address", LITERALS)
 async def test_private_addresses_are_refused(guarded: Rig, address: str):
+    ask = f"GET / HTTP/1.1\r\nHost: {address}\r\n\r\n".encode()
     async with trap(guarded):
-        for data in (
-            f"CONNECT {address}:443 HTTP/1.1\r\n\r\n",
-            f"CONNECT {address}:80 HTTP/1.1\r\n\r\n",
-            f"GET http://{address}/ HTTP/1.1\r\nHost: {address}\r\n\r\n",
+        for got in (
+            await guarded.say_through(f"{address}:443", ask),
+            await guarded.say_through(f"{address}:80", ask),
+            await guarded.say("proxy", f"CONNECT {address}:443 HTTP/1.1\r\n\r\n".encode()),
+            await guarded.say("proxy", ask.replace(b" / ", f" http://{address}/ ".encode())),
+            await guarded.say("http", ask),
         ):
-            got = await guarded.say("proxy", data.encode())
             assert got.startswith(b"HTTP/1.1 403"), got
             assert b"not public" in got
-        got = await guarded.say("http", f"GET / HTTP/1.1\r\nHost: {address}\r\n\r\n".encode())
-        assert got.startswith(b"HTTP/1.1 403")
 
 
 @pytest.mark.parametrize("address", SPELLINGS)
@@ -161,7 +162,7 @@ async def test_a_name_that_changes_its_mind_gains_nothing(tmp_path: Path, monkey
 
 async def test_a_public_address_needs_a_rule(rig: Rig, host: list[bytes]):
     rig.rules(allow("*.example.com"))
-    got = await rig.say("proxy", b"CONNECT 8.8.8.8:443 HTTP/1.1\r\n\r\n")
+    got = await rig.say_through("8.8.8.8:443", b"GET / HTTP/1.1\r\nHost: 8.8.8.8\r\n\r\n")
     assert b"403" in got
     assert b"allowlist" in got
 
@@ -468,6 +469,34 @@ async def test_a_transform_is_not_undone_by_connection(rig: Rig, host: list[byte
 async def test_a_head_without_end_is_bounded(rig: Rig):
     got = await rig.say("http", b"GET / HTTP/1.1\r\nX: " + b"a" * (2 << 20))
     assert got.startswith(b"HTTP/1.1 400")
+
+
+async def test_slow_names_of_one_project_keep_nobody_else(rig: Rig, host: list[bytes]):
+    """Its look-ups never end, in however many environments."""
+    begun: list[str] = []
+
+    async def resolve(name: str, port: int) -> list[str]:
+        begun.append(name)
+        if name.startswith("slow"):
+            await asyncio.Event().wait()
+        return ["127.0.0.1"]
+
+    rig.dialler._resolver = resolve
+    tasks = [
+        asyncio.ensure_future(
+            rig.dialler.connect(f"slow{name}.com", 80, is_tls=False, asker=environment)
+        )
+        for environment in [Asker("mallory") for _ in range(40)]
+        for name in range(5)
+    ]
+    await asyncio.sleep(0.05)
+    assert 0 < len(begun) < 20
+    assert b"200 OK" in await rig.say(
+        "http", b"GET / HTTP/1.1\r\nHost: api.example.com\r\nConnection: close\r\n\r\n"
+    )
+    for each in tasks:
+        each.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def test_many_requests_at_once_stay_in_order(rig: Rig, host: list[bytes]):

@@ -189,11 +189,79 @@ async def test_the_hosts_own_folders_are_out_of_reach(tree, tmp_path):
     for path in ("../uploads/u1", "uploads/u1", "staging", "/uploads/u1", "./../uploads"):
         with pytest.raises((Invalid, NotFound)):
             await read(tree, path)
-        with pytest.raises(Invalid):
+        with pytest.raises((Invalid, NotFound)):
             await tree.delete(path, recursive=True)
+        with pytest.raises(Invalid):
+            await tree.write(path, stream(b"x"), overwrite=True)
     assert oct((tmp_path / "disk/uploads").stat().st_mode)[-3:] == "700"
     await tree.write("workspace/x", stream(b"x"))
     assert oct((tmp_path / "disk/staging").stat().st_mode)[-3:] == "700"
+
+
+# Folders beside the three.
+
+
+def root_of(workspace: Path) -> Path:
+    return workspace.parent
+
+
+async def test_what_the_root_should_not_have_is_not_there(tree, workspace, outside):
+    """No code of the sandbox can put anything there; whatever did, it is no way out."""
+    root = root_of(workspace)
+    (root / "link").symlink_to(outside)
+    (root / "inner").symlink_to("workspace")
+    (root / "file").write_bytes(SECRET)
+    (root / "lost+found").mkdir()
+    (root / "etc").mkdir()
+    for name in ("lost+found", "etc"):
+        (root / name / "secret").write_bytes(SECRET)
+    for name in ("link", "inner", "file", "lost+found", "etc"):
+        (workspace / name).symlink_to(f"/{name}/secret")
+        for path in (f"{name}/secret", name, f"workspace/{name}"):
+            with pytest.raises((Invalid, NotFound)):
+                await read(tree, path)
+        with pytest.raises(Invalid):
+            await tree.write(f"{name}/victim", stream(b"x"), overwrite=True)
+        with pytest.raises((Invalid, NotFound)):
+            await tree.delete(f"{name}/secret")
+        with pytest.raises((Invalid, NotFound)):
+            await tarred(tree, name)
+        with pytest.raises((Invalid, Conflict)):
+            await tree.extract("", stream(archive(member(f"{name}/victim"))), max_bytes=LARGE)
+        with pytest.raises((Invalid, Conflict)):
+            await tree.add_tops([name])
+        (workspace / name).unlink()
+    assert await names(tree, "", recursive=True) == [".agents", "home", "workspace"]
+    assert list(unpacked(await tarred(tree))) == [".agents", "home", "workspace"]
+    assert (await tree.usage()).file_count == 0
+    assert (root / "etc/secret").read_bytes() == SECRET
+
+
+@pytest.mark.parametrize("name", list(targets(Path("/o"), Path("/w"))))
+async def test_a_link_planted_in_a_further_folder_leads_nowhere(tree, workspace, outside, name):
+    await tree.add_tops(["data"])
+    data = root_of(workspace) / "data"
+    (data / "link").symlink_to(targets(outside, workspace)[name])
+    (workspace / "to_it").symlink_to("/data/link")
+    for place in ("data/link", "workspace/to_it"):
+        for path in (place, f"{place}/secret", f"{place}/victim"):
+            with pytest.raises((Invalid, NotFound)):
+                await read(tree, path)
+        with pytest.raises((Invalid, NotFound)):
+            await tree.write(f"{place}/victim", stream(b"x"), overwrite=True)
+        with pytest.raises((Invalid, NotFound)):
+            await tree.delete(f"{place}/victim")
+        packed = archive(member("victim", b"x"))
+        with pytest.raises((Invalid, NotFound, Conflict)):
+            await tree.extract(place, stream(packed), overwrite=True, max_bytes=LARGE)
+
+
+@pytest.mark.parametrize("path", ["data/../../outside/secret", "/data/../etc/x", "/..", "data/.."])
+async def test_a_path_never_climbs_out_of_a_further_folder(tree, path):
+    await tree.add_tops(["data"])
+    for attempt in (read(tree, path), tree.write(path, stream(b"x")), tree.delete(path)):
+        with pytest.raises(Invalid):
+            await attempt
 
 
 # Races: a thread exchanges a folder and a link to the outside, as fast as it can.

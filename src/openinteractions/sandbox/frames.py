@@ -55,8 +55,15 @@ def following(sequence: int) -> int:
 class Decoder:
     """Finds frames in what arrives. Holds back less than one frame."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_bad: int | None = None) -> None:
+        """Nothing has come yet.
+
+        Args:
+            most_bad: After more bad frames than this nothing is looked for: each of them can make
+                us add up 64 KiB, and the next one begins within it.
+        """
         self._rest = b""
+        self._most_bad = most_bad
         self.bad = 0
         """Frames with a wrong CRC, so far."""
         self.skipped = 0
@@ -79,6 +86,9 @@ class Decoder:
                 payload = view[start : start + length]
                 if crc32(payload, crc32(view[at + _AFTER_CRC : start])) != crc:
                     self.bad += 1
+                    if self._most_bad is not None and self.bad > self._most_bad:
+                        self._rest = b""
+                        return frames
                     at = self._skip(buffer, at)
                     continue
                 frames.append(Frame(kind, stream, sequence, bytes(payload)))

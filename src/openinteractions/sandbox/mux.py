@@ -35,7 +35,7 @@ _SMALL = 4096
 _MAX_CONTROL = _MAX_PARTING = 4096
 _MAX_GRANT = 1 << 31
 _MAX_REASON = 200
-_MAX_BAD = 4096
+_MAX_BAD = 256
 _MAX_SKIPPED = 64 << 20
 _MAX_RESYNCS = 30
 _RESYNC_PERIOD_S = 60.0
@@ -260,7 +260,7 @@ class Mux:
         self._on_open = on_open
         self._kinds = kinds
         self._encoder = Encoder()
-        self._decoder = Decoder()
+        self._decoder = Decoder(_MAX_BAD if is_host else None)
         self._expected = 0
         self._streams: dict[int, MuxStream] = {}
         self._next_number = 1 if is_host else 2

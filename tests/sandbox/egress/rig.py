@@ -22,6 +22,7 @@ from openinteractions.sandbox.egress.proxy import Kind, Proxy
 from openinteractions.sandbox.egress.state import Core, Egress, Limits
 
 LOOPBACK = Guard([ip_network("127.0.0.0/8")])
+GIT = "User-Agent: git/2.39.5\r\n"
 
 
 class Pipe:
@@ -149,6 +150,21 @@ class Rig:
         writer.write(data)
         try:
             async with asyncio.timeout(20):
+                return await reader.read(-1)
+        finally:
+            writer.close()
+
+    async def say_through(self, target: str, data: bytes) -> bytes:
+        """Send bytes over TLS through a CONNECT, as git does."""
+        reader, writer = await self.open("proxy")
+        writer.write(f"CONNECT {target} HTTP/1.1\r\n{GIT}\r\n".encode())
+        try:
+            async with asyncio.timeout(20):
+                head = await reader.readuntil(b"\r\n\r\n")
+                assert head.startswith(b"HTTP/1.1 200 "), head
+                host = target.rpartition(":")[0].strip("[]")
+                await writer.start_tls(self.client_ssl(), server_hostname=host)
+                writer.write(data)
                 return await reader.read(-1)
         finally:
             writer.close()

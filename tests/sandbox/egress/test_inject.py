@@ -1,5 +1,6 @@
 """Credentials: added where they belong, and stopped elsewhere."""
 
+import asyncio
 import base64
 import json
 import logging
@@ -17,11 +18,14 @@ from openinteractions.errors import Unready
 from openinteractions.sandbox.egress.inject import (
     Bearer,
     BodySwap,
+    Hop,
+    Injector,
     Placeholder,
     Secrets,
     Variables,
     placeholder,
 )
+from openinteractions.sandbox.egress.policy import Rule
 from tests.sandbox.egress import rig as rigs
 from tests.sandbox.egress.rig import Rig, allow
 
@@ -325,6 +329,156 @@ async def test_what_a_host_echoes_is_redacted(site: Rig):
     assert f"X-Said: {MARK}".encode() in got["head"]
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 200 You said %s\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 103 %s\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/%s; charset=utf-8\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Encoding: %s\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nDate: %s\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX-T: %s\r\n\r\n",
+    ],
+)
+async def test_no_part_of_a_head_shows_a_secret(rig: Rig, answer: bytes):
+    async def serve(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer % b"real-token-value")
+
+    rig.vault["gh"] = Bearer(token="real-token-value")
+    rig.rules(allow(credential="gh"))
+    async with rigs.script(rig, serve):
+        got = await rig.say_tls(ask())
+    assert b"HTTP/1.1 200" in got
+    assert b"real-token-value" not in got
+    assert b"[redacted]" in got
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 200 OK\r\nX-%s: 1\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 103 Hints\r\n%s: 1\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n%s: 1\r\n\r\n",
+    ],
+)
+async def test_the_name_of_a_header_shows_no_secret(rig: Rig, answer: bytes):
+    async def serve(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer % b"real-token-VALUE")
+
+    rig.vault["gh"] = Bearer(token="Real-Token-Value")
+    rig.rules(allow(credential="gh"))
+    async with rigs.script(rig, serve):
+        got = await rig.say_tls(ask())
+    assert b"real-token" not in got.lower()
+    assert "repeats a secret" in ((await rig.settled())[0].reason or "")
+
+
+async def test_a_word_of_a_transform_is_no_secret_in_names(site: Rig):
+    site.rules(allow(transform={"X-Fields": "content-type", "Accept-Encoding": "identity"}))
+    got = await told(site, ask())
+    assert got["headers"]["x-fields"] == "content-type"
+
+
+async def test_a_length_that_nothing_proves_shows_no_secret(rig: Rig):
+    async def serve(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 123456789\r\n\r\n")
+
+    rig.vault["pin"] = Bearer(token="123456789")
+    rig.rules(allow(credential="pin"))
+    async with rigs.script(rig, serve):
+        got = await rig.say_tls(ask(method="HEAD"))
+    assert got.startswith(b"HTTP/1.1 200")
+    assert b"123456789" not in got
+
+
+async def test_the_log_names_every_credential_that_a_request_got(site: Rig):
+    site.vault["gh"] = Bearer(token="real-token")
+    site.vault["key"] = variable(value="plain-value")
+    site.rules(allow(credential="gh"), "key")
+    await told(site, ask(f"X-Var: {MARK}"))
+    assert site.journal[0].credential == "key, gh"
+
+
+class Counted(str):
+    """A value that counts how often it is spelled."""
+
+    __slots__ = ()
+    spelled = 0
+
+    def encode(self, *args: Any) -> bytes:
+        type(self).spelled += 1
+        return super().encode(*args)
+
+
+async def test_a_value_is_spelled_once_however_many_placeholders_there_are(site: Rig):
+    value = Counted("plain-value")
+    site.vault["key"] = variable(value=value)
+    site.rules(None, "key")
+    Counted.spelled = 0
+    got = await told(site, ask(body=MARK.encode() * 10_000))
+    assert got["body"] == value * 10_000
+    assert site.vault.asked == [("env", "key")]
+    assert 0 < Counted.spelled < 10
+
+
+async def test_others_run_while_placeholders_are_swapped(rig: Rig):
+    rig.vault["key"] = variable(value="plain-value")
+    hop = Hop(environment_id="env", host=HOST, is_secure=True, rule=Rule(HOST))
+    swap = Injector(rig.vault, Variables(["key"]), hop).body(b"text/plain")
+    assert swap is not None
+    work = asyncio.ensure_future(swap.feed(MARK.encode() * 10_000, is_last=True))
+    turns = 0
+    while not work.done():
+        turns += 1
+        await asyncio.sleep(0)
+    assert turns > 30
+    assert await work == b"plain-value" * 10_000
+
+
+async def test_placeholders_in_a_head_are_counted(site: Rig):
+    site.vault["key"] = variable(value="v")
+    site.rules(None, "key")
+    got = await told(site, ask(*[f"X-{n}: {MARK}" for n in range(15)], path=f"/?{MARK}"))
+    assert got["headers"]["x-14"] == "v"
+    await refused(site, ask(*[f"X-{n}: {MARK}" for n in range(16)], path=f"/?{MARK}"), "at most 16")
+
+
+@pytest.mark.parametrize("is_long", [False, True])
+async def test_what_values_add_to_a_request_is_bounded(site: Rig, is_long: bool):
+    site.vault["key"] = variable(value="\N{GRINNING FACE}" * 32_768)
+    site.rules(None, "key")
+    form = "Content-Type: application/x-www-form-urlencoded"
+    filler = b"x" * (300_000 if is_long else 1)
+    got = await told(site, ask(form, body=filler + MARK.encode()))
+    assert len(got["body"]) == len(filler) + 12 * 32_768
+    await refused(site, ask(form, body=filler + MARK.encode() * 2), "longer by more than")
+    await refused(site, ask(body=MARK.encode() * 12_000), "longer by more than")
+
+
+async def test_what_all_requests_of_an_environment_hold_is_bounded(site: Rig):
+    site.vault["key"] = variable(value="v" * 10_000)
+    site.rules(None, "key")
+    room = site.egress.room
+    whole, room.left = room.left, 60_000
+    data = ask(body=MARK.encode())
+    for _ in range(3):
+        # Each takes its part, and gives it back.
+        await told(site, data)
+        assert room.left == 60_000
+    hop = Hop(environment_id="env", host=HOST, is_secure=True, rule=Rule(HOST))
+    other = Injector(site.vault, site.egress.variables, hop, room)
+    swap = other.body(b"")
+    assert swap is not None
+    await swap.feed(MARK.encode(), is_last=True)
+    await refused(site, data, "hold too many values")
+    other.close()
+    await told(site, data)
+    assert room.left == 60_000 < whole
+
+
 async def test_secrets_are_in_no_log_and_no_record(site: Rig, caplog, capsys):
     caplog.set_level(logging.DEBUG)
     site.vault["gh"] = Bearer(token="real-token-value")
@@ -359,8 +513,7 @@ def test_a_body_is_swapped_alike_however_it_is_cut(words: list[str], at: list[in
     text = "".join(words).encode()
 
     async def swap(part: bytes, spell) -> bytes:
-        found = variables.find(part)
-        for each in reversed(found):
+        for each in reversed(list(variables.find(part))):
             part = part[: each.start()] + b"<" + each[0][14:] + b">" + part[each.end() :]
         return part
 
@@ -396,3 +549,9 @@ def test_short_values_and_steering_headers_are_left_alone():
     secrets.add("application/json")
     fields = [(b"Content-Type", b"application/json"), (b"X", b"application/json true")]
     assert secrets.redacted(fields) == [fields[0], (b"X", b"[redacted] true")]
+    secrets.add("charset=utf-8")
+    secrets.add("identity")
+    fields = [
+        (b"Content-Type", b"application/json; charset=utf-8"), (b"Content-Encoding", b"identity")
+    ]  # fmt: skip
+    assert secrets.redacted(fields) == fields

@@ -14,7 +14,7 @@ from aiohttp import web
 from openinteractions.sandbox.egress.policy import Reach
 from openinteractions.sandbox.egress.state import Limits
 from tests.sandbox.egress import rig as rigs
-from tests.sandbox.egress.rig import Rig, allow
+from tests.sandbox.egress.rig import GIT, Rig, allow
 from tests.sandbox.egress.test_hello import said
 
 GET = b"GET /p?q HTTP/1.1\r\nHost: api.example.com\r\n\r\n"
@@ -215,14 +215,23 @@ async def test_refusals_say_why(site: Rig, client):
     assert text.startswith("egress blocked: evil.com is not on this environment's allowlist")
     assert "good.com" in text
     assert "network.allowlist" in text
+    # Programs show the first line of the answer to a CONNECT at most.
     got = await site.say("proxy", b"CONNECT evil.com:443 HTTP/1.1\r\nHost: evil.com\r\n\r\n")
+    assert got.startswith(b"HTTP/1.1 403 egress blocked: evil.com is not on this environment's")
+    assert b"network.allowlist" in got
+    # git does not, and neither do browsers; nor has who ignores proxies one: it is inside TLS.
+    got = await site.say_through("evil.com:443", GET)
     assert got.startswith(b"HTTP/1.1 403")
-    assert b"allowlist" in got
-    # Whatever ignores proxies sees it, too: inside TLS.
+    assert b"egress blocked: evil.com is not on this environment's allowlist" in got
     got = await site.say_tls(GET, "evil.com")
     assert got.startswith(b"HTTP/1.1 403")
     assert b"egress blocked: evil.com" in got
-    entries = await site.settled(3)
+    # Plain http through a CONNECT gets it plainly.
+    asked = f"CONNECT evil.com:443 HTTP/1.1\r\n{GIT}\r\n".encode()
+    got = await site.say("proxy", asked + GET)
+    assert b"\r\n\r\nHTTP/1.1 403" in got
+    assert b"egress blocked: evil.com" in got
+    entries = await site.settled(5)
     assert {(entry.decision, entry.status, entry.host) for entry in entries} == {
         ("refused", 403, "evil.com")
     }
@@ -242,7 +251,7 @@ async def test_the_ceiling_holds(site: Rig):
 
 @pytest.mark.parametrize("port", [22, 25, 8080, 5432])
 async def test_other_ports_are_refused(site: Rig, port: int):
-    got = await site.say("proxy", b"CONNECT api.example.com:%d HTTP/1.1\r\n\r\n" % port)
+    got = await site.say_through(f"api.example.com:{port}", GET)
     assert b"403" in got
     assert b"sandbox.ports" in got
 
@@ -276,6 +285,23 @@ async def test_names_that_do_not_resolve_are_the_hosts_fault(rig: Rig):
     (entry,) = await rig.settled()
     assert entry.decision == "allowed"
     assert "could not be resolved" in (entry.reason or "")
+
+
+async def test_a_connect_to_a_host_that_cannot_be_reached_says_why(rig: Rig):
+    rig.rules(allow("*.invalid"))
+    got = await rig.say_through("no.invalid:443", GET)
+    assert got.startswith(b"HTTP/1.1 502")
+    assert b"no.invalid could not be resolved" in got
+
+
+@pytest.mark.parametrize("data", [b"", b"SSH-2.0-OpenSSH\r\n"])
+async def test_a_refused_connect_waits_for_nobody(impatient: Rig, data: bytes):
+    impatient.rules(allow())
+    async with asyncio.timeout(15):
+        asked = f"CONNECT evil.com:443 HTTP/1.1\r\n{GIT}\r\n".encode()
+        got = await impatient.say("proxy", asked + data)
+    assert (b"403" in got) == bool(data)
+    assert (await impatient.settled())[0].status == 403
 
 
 async def test_a_bad_certificate_is_refused(site: Rig):

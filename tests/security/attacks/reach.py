@@ -123,9 +123,19 @@ def talk(data):
     return answer.split(b"\r\n")[0].decode("latin-1")
 
 
-def request(target, host):
-    head = f"GET {target} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
-    return talk(head.encode())
+def head(target, host):
+    return f"GET {target} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode()
+
+
+def tunnel(where, host):
+    """Ask for a connection, and say something over it; the first line that answers that."""
+    with socket.create_connection(PROXY, timeout=20) as one:
+        one.sendall(f"CONNECT {where} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        answer = one.recv(65536)
+        if answer.startswith(b"HTTP/1.1 200"):
+            one.sendall(head("/", host))
+            answer = one.recv(65536)
+    return answer.split(b"\r\n")[0].decode("latin-1")
 
 
 def through_the_proxy():
@@ -139,11 +149,10 @@ def through_the_proxy():
     ]  # fmt: skip
     for host in spelled:
         for port in (80, 443, PORT):
-            ask = f"CONNECT {host}:{port}"
-            found[ask] = talk(f"{ask} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-        found[f"GET {host}"] = request(f"http://{host}/", host)
-        found[f"GET {host}:{PORT}"] = request(f"http://{host}:{PORT}/", f"{host}:{PORT}")
-        found[f"Host {host}"] = request("http://example.com/", host)
+            found[f"CONNECT {host}:{port}"] = tunnel(f"{host}:{port}", f"{host}:{port}")
+        found[f"GET {host}"] = talk(head(f"http://{host}/", host))
+        found[f"GET {host}:{PORT}"] = talk(head(f"http://{host}:{PORT}/", f"{host}:{PORT}"))
+        found[f"Host {host}"] = talk(head("http://example.com/", host))
     return found
 
 
@@ -158,13 +167,13 @@ def by_another_name():
             one.sendall(
                 b"CONNECT allowed.example:443 HTTP/1.1\r\nHost: allowed.example:443\r\n\r\n"
             )
-            head = one.recv(4096)
+            agreed = one.recv(4096)
             try:
                 with context.wrap_socket(one, server_hostname=host) as inner:
                     inner.sendall(f"GET / HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
                     found[host] = inner.recv(4096).split(b"\r\n")[0].decode("latin-1")
             except OSError as error:
-                found[host] = f"{head[:12]!r} {type(error).__name__}"
+                found[host] = f"{agreed[:12]!r} {type(error).__name__}"
         with socket.create_connection(("127.0.0.1", 443), timeout=20) as one:
             try:
                 with context.wrap_socket(one, server_hostname=host) as inner:

@@ -13,6 +13,7 @@ from openinteractions.netguard import Guard
 from openinteractions.sandbox.egress import hosts
 from openinteractions.sandbox.egress.policy import Blocked
 from openinteractions.sandbox.egress.tls import TlsStream
+from openinteractions.turns import Turns
 
 Resolver: TypeAlias = Callable[[str, int], Awaitable[Sequence[str]]]
 """Addresses of a host, for a port; OSError where there are none."""
@@ -20,7 +21,8 @@ Resolver: TypeAlias = Callable[[str, int], Awaitable[Sequence[str]]]
 _HIGH = 256 * 1024
 _MAX_ADDRESSES = 8
 _EACH_S = 5.0
-_THREADS = 16
+_THREADS = 64
+_LOOKUPS = 4
 _LINGER_S = 10.0
 
 
@@ -52,6 +54,16 @@ class SystemResolver:
     def close(self) -> None:
         """Let the threads end."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+class Asker:
+    """On whose behalf names are looked up."""
+
+    def __init__(self, project: str) -> None:
+        """An environment of this project."""
+        self.project = project
+        self.lookups = asyncio.Semaphore(_LOOKUPS)
+        """Bounds how many names the environment looks up at once."""
 
 
 class SocketStream(asyncio.Protocol):
@@ -201,6 +213,7 @@ class Dialler:
         self._ssl = upstream_ssl
         self._ports = frozenset(ports)
         self._timeout_s = timeout_s
+        self._turns = Turns(_THREADS)
 
     def check_port(self, host: str, port: int) -> None:
         """Refuse ports that sandboxes may not connect to.
@@ -215,16 +228,14 @@ class Dialler:
                 "can change that (setting sandbox.ports)."
             )
 
-    async def connect(
-        self, host: str, port: int, *, is_tls: bool, lookups: asyncio.Semaphore
-    ) -> Upstream:
+    async def connect(self, host: str, port: int, *, is_tls: bool, asker: Asker) -> Upstream:
         """Connect to a host in its one spelling.
 
         Args:
             host: Name or address; the policy has allowed it.
             port: Its port.
             is_tls: Speak TLS, and verify that it is this host.
-            lookups: Bounds how many names one environment looks up at once.
+            asker: Who wants it.
 
         Raises:
             Blocked: An address of it is not permitted.
@@ -233,7 +244,7 @@ class Dialler:
         self.check_port(host, port)
         try:
             async with asyncio.timeout(self._timeout_s):
-                addresses = await self._addresses(host, port, lookups)
+                addresses = await self._addresses(host, port, asker)
                 connected = await self._first(host, addresses, port)
                 if not is_tls:
                     return Upstream(connected, None)
@@ -243,17 +254,13 @@ class Dialler:
                 f"{host}:{port} did not answer within {self._timeout_s:g} s."
             ) from error
 
-    async def _addresses(self, host: str, port: int, lookups: asyncio.Semaphore) -> Sequence[str]:
+    async def _addresses(self, host: str, port: int, asker: Asker) -> Sequence[str]:
         """All addresses of a host, each of them permitted."""
         if hosts.address(host) is not None:
             found: Sequence[str] = [host]
         else:
-            await lookups.acquire()
-            # A look-up goes on when its time is up: until it ends, it counts.
-            task = asyncio.ensure_future(self._resolver(host, port))
-            task.add_done_callback(lambda ended: _release(ended, lookups))
             try:
-                found = await asyncio.shield(task)
+                found = await asyncio.shield(await self._lookup(host, port, asker))
             except (OSError, UnicodeError) as error:
                 raise Unreachable(f"the name {host} could not be resolved.") from error
         if not found:
@@ -264,6 +271,25 @@ class Dialler:
                 "server itself cannot be reached from a sandbox."
             )
         return found
+
+    async def _lookup(self, host: str, port: int, asker: Asker) -> "asyncio.Future[Sequence[str]]":
+        """A look-up, begun. It goes on when its time is up: until it ends, it counts."""
+
+        def ended(look_up: "asyncio.Future[Sequence[str]]") -> None:
+            asker.lookups.release()
+            self._turns.give(asker.project)
+            if not look_up.cancelled():
+                look_up.exception()
+
+        await asker.lookups.acquire()
+        try:
+            await self._turns.take(asker.project)
+        except BaseException:
+            asker.lookups.release()
+            raise
+        begun = asyncio.ensure_future(self._resolver(host, port))
+        begun.add_done_callback(ended)
+        return begun
 
     async def _first(self, host: str, addresses: Sequence[str], port: int) -> SocketStream:
         loop = asyncio.get_running_loop()
@@ -291,9 +317,3 @@ class Dialler:
             if not is_done:
                 await stream.close()
         return stream
-
-
-def _release(ended: "asyncio.Future[Sequence[str]]", lookups: asyncio.Semaphore) -> None:
-    lookups.release()
-    if not ended.cancelled():
-        ended.exception()

@@ -95,6 +95,8 @@ class _Upload:
             call.idle.touch()
             if call.swap is not None:
                 piece = await call.swap.feed(piece, is_last=call.body.is_done)
+                # Pieces can be as short as a byte, and all be here already.
+                await asyncio.sleep(0)
             if piece:
                 return piece
         return b""
@@ -235,18 +237,23 @@ class Exchange:
             rule=self._egress.policy.decide(host),
         )
         attempt.rule = hop.rule.domain
-        injector = Injector(self._core.vault, self._egress.variables, hop)
-        idle = Idle(self._core.limits.idle_s)
-        async with idle.timeout:
-            try:
-                call = await self._prepared(request, injector, idle, port)
-            finally:
-                attempt.credential = injector.credential
-            response = await self._send(call, attempt, (host, port))
+        response = await self._ask(request, hop, attempt)
         if response is not None:
             return response
         await self._switched(hop, attempt)
         return False
+
+    async def _ask(self, request: Request, hop: Hop, attempt: Attempt) -> bool | None:
+        """Send a request with what is added to it; as `_send`."""
+        injector = Injector(self._core.vault, self._egress.variables, hop, self._egress.room)
+        idle = Idle(self._core.limits.idle_s)
+        try:
+            async with idle.timeout:
+                call = await self._prepared(request, injector, idle, attempt.port)
+                return await self._send(call, attempt, (hop.host, attempt.port))
+        finally:
+            attempt.credential = injector.credential
+            injector.close()
 
     def _where(self, request: Request) -> tuple[str, int, bytes]:
         """Host, port and path that a request is for; what names the host twice must agree."""
@@ -354,7 +361,7 @@ class Exchange:
             return kept, True
         await self._drop()
         upstream = await self._core.dialler.connect(
-            *key, is_tls=self.is_tls, lookups=self._egress.lookups
+            *key, is_tls=self.is_tls, asker=self._egress.asker
         )
         self._link = _Link(key, upstream, Wire(upstream.stream))
         return self._link, False
@@ -390,7 +397,7 @@ class Exchange:
             return None
         try:
             body = Body(link.wire, response.framing(call.request.method))
-            kept = response.end_to_end()
+            fields = call.injector.secrets.redacted(response.end_to_end())
         except BadMessage as error:
             raise _bad_answer(call, error) from error
         is_new = call.request.minor == 1
@@ -398,14 +405,13 @@ class Exchange:
         if framing in {"chunked", "close"}:
             framing = "chunked" if is_new else "close"
         goes_on = call.request.is_persistent() and upload.is_done and framing != "close"
-        fields = call.injector.secrets.redacted(kept)
-        fields += _length_fields(call.request, response, framing)
+        fields = [*fields, *_length_fields(call, response, framing)]
         if not goes_on:
             fields.append((b"Connection", b"close"))
         elif not is_new:
             fields.append((b"Connection", b"keep-alive"))
         self._has_answered = True
-        head = http1.head(b"HTTP/1.1 %d %b" % (response.status, response.phrase), fields)
+        head = http1.head(_status_line(call, response), fields)
         await self._pass_on(call, link, body, head, framing)
         if not (response.is_persistent() and upload.is_done and body.framing != "close"):
             await self._drop()
@@ -434,8 +440,7 @@ class Exchange:
             except BadMessage as error:
                 raise _bad_answer(call, error) from error
             if call.request.minor == 1:
-                first = b"HTTP/1.1 %d %b" % (response.status, response.phrase)
-                await self._client.write(http1.head(first, fields))
+                await self._client.write(http1.head(_status_line(call, response), fields))
         raise _bad_answer(call, BadMessage("too many interim responses"))
 
     async def _switch(self, call: _Call, response: Response) -> None:
@@ -463,11 +468,11 @@ class Exchange:
                     data = http1.chunk(piece) if framing == "chunked" else piece
                     await self._client.write(pending + data)
                     pending = b""
+            if framing == "chunked":
+                trailers = call.injector.secrets.redacted(body.trailers)
+                pending += http1.last_chunk(trailers)
         except BadMessage as error:
             raise _bad_answer(call, error) from error
-        if framing == "chunked":
-            trailers = call.injector.secrets.redacted(body.trailers)
-            pending += http1.last_chunk(trailers)
         if pending:
             await self._client.write(pending)
 
@@ -517,8 +522,14 @@ def _wants_websocket(request: Request) -> bool:
     )
 
 
-def _length_fields(request: Request, response: Response, framing: http1.Framing) -> Fields:
+def _status_line(call: _Call, response: Response) -> bytes:
+    return b"HTTP/1.1 %d %b" % (response.status, call.injector.secrets.hidden(response.phrase))
+
+
+def _length_fields(call: _Call, response: Response, framing: http1.Framing) -> Fields:
     """How long the answer is, also where its content is left out."""
-    if request.method == b"HEAD" or response.status == HTTPStatus.NOT_MODIFIED:
-        return response.length_shown()
+    if call.request.method == b"HEAD" or response.status == HTTPStatus.NOT_MODIFIED:
+        # No content gives this number the lie: it must not be a secret of digits.
+        shown = response.length_shown()
+        return shown if call.injector.secrets.redacted(shown) == shown else []
     return [] if response.status == HTTPStatus.NO_CONTENT else http1.framed(framing)

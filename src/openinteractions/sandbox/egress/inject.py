@@ -5,17 +5,18 @@ here; for an environment variable the sandbox has a placeholder, which becomes t
 toward the hosts and in the places that the credential names, and which stops a request elsewhere.
 """
 
+import asyncio
 import base64
 import binascii
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias
 from urllib.parse import quote, quote_plus
 
 from openinteractions.errors import AppError
-from openinteractions.sandbox.egress.http1 import Fields, Request
+from openinteractions.sandbox.egress.http1 import MAX_HEAD, BadMessage, Fields, Request
 from openinteractions.sandbox.egress.policy import (
     Blocked,
     Rule,
@@ -29,13 +30,19 @@ Location: TypeAlias = Literal["header", "query", "body"]
 _MARK = b"__GEMINI_CRED_"
 _REDACTED = b"[redacted]"
 _MIN_SECRET = 8
-# Their values steer the client's parser; a secret has no business there.
-_NOT_REDACTED = frozenset(
-    {
-        b"connection", b"content-encoding", b"content-length", b"content-type", b"date",
-        b"transfer-encoding", b"upgrade",
-    }
-)  # fmt: skip
+_MOST_IN_HEAD = 16
+_MOST_GROWTH = 512 * 1024
+"""Every value fits, in any spelling: 32,768 characters are at most 393,216 bytes."""
+_MOST_HELD = 64 << 20
+_PAUSE = 256
+# These steer the client's parser. A transform of `Accept` or `Accept-Encoding` is no secret there.
+_STEERING = frozenset({b"content-encoding", b"content-type"})
+_PUBLIC = re.compile(
+    rb"(?:(?:application|audio|font|image|message|model|multipart|text|video)/[a-z0-9.+-]+)?"
+    rb"(?:; ?)?(?:charset=[a-z0-9-]+)?|(?:(?:br|deflate|gzip|identity|zstd)(?:, ?|$))+",
+    re.IGNORECASE,
+)
+_WORDS = re.compile(rb"[A-Za-z-]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,14 +102,15 @@ class Variables:
     def __bool__(self) -> bool:
         return bool(self.ids)
 
-    def find(self, text: bytes) -> list[re.Match[bytes]]:
+    def find(self, text: bytes) -> Iterator[re.Match[bytes]]:
         """All placeholders in a text, in order."""
-        return list(self._pattern.finditer(text)) if _MARK in text else []
+        return self._pattern.finditer(text) if _MARK in text else iter(())
 
     def undecided(self, text: bytes) -> int:
         """From where on a text may hold a placeholder that its continuation completes."""
-        whole = self.find(text)
-        at = text.find(b"_", max(0, len(text) - self._longest + 1))
+        tail_at = max(0, len(text) - self._longest + 1)
+        whole = [each for each in self.find(text) if each.end() > tail_at]
+        at = text.find(b"_", tail_at)
         while at >= 0:
             around = next((each for each in whole if each.start() < at < each.end()), None)
             if around is None:
@@ -129,41 +137,99 @@ class Secrets:
 
     def __init__(self) -> None:
         self._shown_as: dict[bytes, bytes] = {}
+        self._words: set[bytes] = set()
+        self.size = 0
+        """Bytes that are remembered."""
 
-    def add(self, value: str, shown_as: bytes = _REDACTED) -> None:
-        """Remember a value, and what a response shows in its place."""
+    def add(self, value: str, shown_as: bytes = _REDACTED, *, may_be_words: bool = False) -> None:
+        """Remember a value.
+
+        Args:
+            value: As it is.
+            shown_as: What a response shows in its place.
+            may_be_words: Whether words alone (`identity`, `content-type`) may be in the names of a
+                response's fields.
+        """
         plain = value.encode()
         if len(plain) < _MIN_SECRET:
             return
         for spelling in (plain, quote(value, safe="").encode(), base64.b64encode(plain)):
-            self._shown_as[spelling] = shown_as
+            if len(spelling) <= MAX_HEAD and spelling not in self._shown_as:
+                self._shown_as[spelling] = shown_as
+                self.size += len(spelling)
+            if may_be_words and _WORDS.fullmatch(spelling):
+                self._words.add(spelling)
+            else:
+                self._words.discard(spelling)
 
     def redacted(self, fields: Fields) -> Fields:
-        """A response's fields without these values."""
+        """A response's fields without these values.
+
+        Raises:
+            BadMessage: The name of one has such a value.
+        """
         if not self._shown_as:
             return fields
+        for name in (name.lower() for name, _ in fields):
+            short = (each for each in self._shown_as if len(each) <= len(name))
+            if any(each.lower() in name for each in short if each not in self._words):
+                raise BadMessage("the name of a header field repeats a secret of the request")
         return [
-            (name, value if name.lower() in _NOT_REDACTED else self._hide(value))
+            (name, self.hidden(value, is_steering=name.lower() in _STEERING))
             for name, value in fields
         ]
 
-    def _hide(self, value: bytes) -> bytes:
+    def hidden(self, text: bytes, *, is_steering: bool = False) -> bytes:
+        """A text of a response's head without these values.
+
+        Args:
+            text: Any.
+            is_steering: Whether it says how the body is to be read; what every answer may say of
+                that is no secret.
+        """
         for secret, shown_as in self._shown_as.items():
-            value = value.replace(secret, shown_as)
-        return value
+            if secret in text and not (is_steering and _PUBLIC.fullmatch(secret)):
+                text = text.replace(secret, shown_as)
+        return text
+
+
+class Room:
+    """What all requests of an environment that are on their way hold of credentials' values."""
+
+    def __init__(self, most: int = _MOST_HELD) -> None:
+        self.left = most
 
 
 class Injector:
     """Gives one request what its rule and the environment's variables say."""
 
-    def __init__(self, vault: Vault, variables: Variables, hop: Hop) -> None:
+    def __init__(
+        self, vault: Vault, variables: Variables, hop: Hop, room: Room | None = None
+    ) -> None:
+        """Nothing is given yet. To be closed.
+
+        Args:
+            vault: Has the credentials.
+            variables: Of the environment.
+            hop: Where the request goes.
+            room: Shared by the environment's requests.
+        """
         self._vault = vault
         self._variables = variables
         self.hop = hop
+        self._room = room or Room()
+        self._held = 0
         self._known: dict[str, Injection] = {}
+        self._spelled: dict[tuple[bytes, Location, _Spelling], bytes] = {}
+        self._in_head = 0
+        self._growth = 0
         self.secrets = Secrets()
-        self.credential: str | None = None
-        """The id of the credential that the rule added, or the last placeholder's."""
+        self._used: dict[str, None] = {}
+
+    @property
+    def credential(self) -> str | None:
+        """The ids of the credentials that the request got, in their order."""
+        return ", ".join(self._used) or None
 
     async def apply(self, request: Request, fields: Fields) -> tuple[bytes, Fields]:
         """The target and fields that go out.
@@ -191,6 +257,7 @@ class Injector:
             added[name.lower().encode()] = (name.encode(), value.encode())
         for name, value in rule.transform:
             self._remember(value)
+            self._hold()
             added[name.lower().encode()] = (name.encode(), value.encode())
         kept = [each for each in fields if each[0].lower() not in added]
         return target, [*kept, *added.values()]
@@ -205,24 +272,23 @@ class Injector:
         value = f"{found.prefix} {found.token}" if found.prefix else found.token
         if not is_header_value(value) or not is_header_name(found.header_name):
             raise Blocked(f"the credential '{credential_id}' cannot be put into a header.")
-        self.credential = credential_id
+        self._used[credential_id] = None
         self.secrets.add(found.token)
+        self._hold()
         return found.header_name, value
 
     def _remember(self, value: str) -> None:
         """Of `Bearer abc`, also `abc` is a secret."""
-        self.secrets.add(value)
+        self.secrets.add(value, may_be_words=True)
         _, space, rest = value.partition(" ")
         if space:
-            self.secrets.add(rest.strip())
+            self.secrets.add(rest.strip(), may_be_words=True)
 
     async def _target(self, target: bytes) -> bytes:
         path, mark, query = target.partition(b"?")
         for found in self._variables.find(path):
             raise self._misplaced(found[0], "the path of a URL")
-        return (
-            path + mark + await self._swapped(query, "query", lambda value: quote(value, safe=""))
-        )
+        return path + mark + await self._swapped(query, "query", _for_query)
 
     async def _field(self, name: bytes, value: bytes) -> tuple[bytes, bytes]:
         for found in self._variables.find(name):
@@ -238,22 +304,63 @@ class Injector:
             pair = base64.b64decode(encoded.strip(), validate=True)
         except binascii.Error:
             return await self._swapped(value, "header", _for_header)
-        swapped = await self._swapped(pair, "header", lambda secret: secret)
+        swapped = await self._swapped(pair, "header", _as_it_is)
         if swapped == pair:
             return value
         result = base64.b64encode(swapped)
         self.secrets.add(result.decode())
+        self._hold()
         return b"Basic " + result
 
     async def _swapped(self, text: bytes, location: Location, spell: "_Spelling") -> bytes:
         """A text with values for its placeholders."""
         parts: list[bytes] = []
         at = 0
-        for found in self._variables.find(text):
-            value = await self._value(found[0], location)
-            parts += [text[at : found.start()], spell(value).encode()]
+        for number, found in enumerate(self._variables.find(text), start=1):
+            mark = found[0]
+            value = self._spelled.get((mark, location, spell))
+            if value is None:
+                value = spell(await self._value(mark, location)).encode()
+                self._spelled[mark, location, spell] = value
+            self._bound(location, len(value) - len(mark))
+            parts += [text[at : found.start()], value]
             at = found.end()
+            if number % _PAUSE == 0:
+                # A body can have tens of thousands; others want to run, too.
+                await asyncio.sleep(0)
         return b"".join([*parts, text[at:]])
+
+    def _bound(self, location: Location, growth: int) -> None:
+        """What a request may become is bounded: all of it is held here."""
+        self._in_head += location != "body"
+        self._growth += max(0, growth)
+        if self._in_head > _MOST_IN_HEAD:
+            raise Blocked(
+                f"a request can have at most {_MOST_IN_HEAD} placeholders of credentials in its "
+                "URL and headers."
+            )
+        if self._growth > _MOST_GROWTH:
+            raise Blocked(
+                "the values of credentials would make the request longer by more than "
+                f"{_MOST_GROWTH} bytes; send fewer placeholders."
+            )
+        self._hold()
+
+    def _hold(self) -> None:
+        """Take room for what came to be."""
+        more = self._growth + self.secrets.size - self._held
+        if more > self._room.left:
+            raise Blocked(
+                "this environment's requests that are on their way hold too many values of "
+                "credentials; wait for their answers."
+            )
+        self._room.left -= more
+        self._held += more
+
+    def close(self) -> None:
+        """Give the room back."""
+        self._room.left += self._held
+        self._held = 0
 
     async def _value(self, mark: bytes, location: Location) -> str:
         """A placeholder's value, if it may be here."""
@@ -274,8 +381,9 @@ class Injector:
                 f"the credential '{credential_id}' must not be sent in the {location} of a "
                 f"request, only in: {allowed}; its owner can change its injection_location."
             )
-        self.credential = credential_id
+        self._used[credential_id] = None
         self.secrets.add(found.value, mark)
+        self._hold()
         return found.value
 
     def _misplaced(self, mark: bytes, where: str) -> Blocked:
@@ -358,10 +466,22 @@ def _for_header(value: str) -> str:
     return value
 
 
+def _for_query(value: str) -> str:
+    return quote(value, safe="")
+
+
+def _as_it_is(value: str) -> str:
+    return value
+
+
+def _for_json(value: str) -> str:
+    return json.dumps(value)[1:-1]
+
+
 def _for_content(mime_type: bytes) -> _Spelling:
     """How a value is written in a body of this type."""
     if mime_type == b"application/x-www-form-urlencoded":
         return quote_plus
     if mime_type == b"application/json" or mime_type.endswith(b"+json"):
-        return lambda value: json.dumps(value)[1:-1]
-    return lambda value: value
+        return _for_json
+    return _as_it_is

@@ -33,7 +33,7 @@ class Decision:
     rule: str | None = None
     """Domain of the allowlist's entry."""
     credential: str | None = None
-    """The id of the one that was added."""
+    """The id of the one that was added; of several, all with commas between."""
     status: int | None = None
     bytes_up: int = 0
     bytes_down: int = 0

@@ -260,8 +260,8 @@ def _check_headers(headers: Iterable[tuple[str, str]], where: str) -> None:
     for name, value in headers:
         if not is_header_name(name):
             raise Invalid(
-                f"{where}: '{name[:100]}' is not the name of a header, or of one that belongs to "
-                "the connection."
+                f"{where}: '{name[:100]}' cannot be set: it is not a header's name, or the "
+                "connection needs that header for itself."
             )
         if not is_header_value(value):
             raise Invalid(

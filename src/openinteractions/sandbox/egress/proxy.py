@@ -37,6 +37,9 @@ Kind: TypeAlias = Literal["proxy", "https", "http"]
 
 _HTTPS = 443
 _TLS_HANDSHAKE = 22
+_ESTABLISHED = b"HTTP/1.1 200 Connection established\r\n\r\n"
+_SHOW_PAGES = (b"git/", b"Mozilla/")
+"""Who shows nothing of a refused CONNECT, and always the page that a host answers with."""
 _log = structlog.get_logger(__name__)
 
 
@@ -163,12 +166,16 @@ class Proxy:
         try:
             rule, upstream = await self._reached(egress, request, attempt)
         except (Blocked, Unreachable, BadMessage) as error:
+            if not isinstance(error, BadMessage) and _shows_pages(request):
+                await wire.write(_ESTABLISHED)
+                await self._explain(wire, egress, attempt, error)
+                return
             status = _status(error)
             self._refused(egress, attempt, error, status)
-            await wire.write(answer(status, error.reason))
+            await wire.write(answer(status, error.reason, is_phrase=True))
             return
         try:
-            await wire.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            await wire.write(_ESTABLISHED)
             await self._connected(wire, egress, upstream, attempt, rule)
         finally:
             if upstream is not None:
@@ -245,7 +252,7 @@ class Proxy:
                     raise NotTls
 
     async def _dial(self, egress: Egress, host: str, port: int) -> Upstream:
-        return await self._core.dialler.connect(host, port, is_tls=False, lookups=egress.lookups)
+        return await self._core.dialler.connect(host, port, is_tls=False, asker=egress.asker)
 
     async def _tunnel(
         self, wire: Wire, egress: Egress, upstream: Upstream, attempt: Attempt, rule: Rule
@@ -292,18 +299,31 @@ class Proxy:
     async def _explain(
         self, wire: Wire, egress: Egress, attempt: Attempt, error: Blocked | Unreachable
     ) -> None:
-        """Say why within TLS, as the host would: no other answer reaches the program."""
+        """Say why as the host would, within TLS if that is what comes.
+
+        No other answer reaches the program.
+        """
         status = _status(error)
         self._refused(egress, attempt, error, status)
-        opened = await self._accepted(wire, egress, attempt.host, attempt.port)
-        if opened is None:
+        try:
+            async with asyncio.timeout(self._core.limits.handshake_s):
+                is_tls = await self._speaks_first(wire) == _TLS_HANDSHAKE
+        except (NotTls, TimeoutError):
             return
-        inner = Wire(opened)
+        if not is_tls:
+            await self._told(wire, status, error.reason)
+            return
+        opened = await self._accepted(wire, egress, attempt.host, attempt.port)
+        if opened is not None:
+            await self._told(Wire(opened), status, error.reason)
+            await opened.end()
+
+    async def _told(self, wire: Wire, status: int, reason: str) -> None:
+        """Answer a request without a look at it."""
         with contextlib.suppress(BadMessage, TimeoutError):
             async with asyncio.timeout(self._core.limits.head_s):
-                await inner.head()
-        await inner.write(answer(status, error.reason))
-        await opened.end()
+                await wire.head()
+        await wire.write(answer(status, reason))
 
     def _refused(
         self,
@@ -324,3 +344,7 @@ def _status(error: Blocked | Unreachable | BadMessage) -> int:
     if isinstance(error, Blocked):
         return 403
     return 502 if isinstance(error, Unreachable) else 400
+
+
+def _shows_pages(request: Request) -> bool:
+    return any(value.startswith(_SHOW_PAGES) for value in request.values(b"user-agent"))

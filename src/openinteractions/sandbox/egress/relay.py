@@ -10,6 +10,7 @@ from openinteractions.sandbox.egress.state import Idle
 
 _LINGER_S = 2.0
 _LINGER_BYTES = 1 << 20
+_PHRASE_CHARS = 300
 
 
 async def relay(client: Wire, upstream: Wire, idle: Idle) -> None:
@@ -43,17 +44,22 @@ async def _copy(source: Wire, sink: Wire, idle: Idle) -> None:
     await sink.stream.end()
 
 
-def answer(status: int, reason: str, *, has_body: bool = True) -> bytes:
+def answer(status: int, reason: str, *, has_body: bool = True, is_phrase: bool = False) -> bytes:
     """A whole response of our own, after which the connection closes.
 
     Args:
         status: 403 for what is blocked; others for what failed.
         reason: For the model that reads it: what, why, and who can change it.
         has_body: False in answers to HEAD.
+        is_phrase: Say why in the first line too: of an answer to CONNECT, programs show no more.
     """
     word = "blocked" if status == HTTPStatus.FORBIDDEN else "failed"
     text = f"egress {word}: {reason}\n".encode()
-    first = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}".encode()
+    phrase = HTTPStatus(status).phrase
+    if is_phrase:
+        said = text.decode("ascii", "replace").strip()[:_PHRASE_CHARS]
+        phrase = "".join(char if char.isprintable() else "?" for char in said)
+    first = f"HTTP/1.1 {status} {phrase}".encode("ascii", "replace")
     fields = [
         (b"Content-Type", b"text/plain; charset=utf-8"),
         (b"Content-Length", b"%d" % len(text)),

@@ -6,12 +6,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from openinteractions.sandbox.egress.ca import Authority
-from openinteractions.sandbox.egress.dial import Dialler
-from openinteractions.sandbox.egress.inject import Variables, Vault
+from openinteractions.sandbox.egress.dial import Asker, Dialler
+from openinteractions.sandbox.egress.inject import Room, Variables, Vault
 from openinteractions.sandbox.egress.journal import Attempt, Journal
 from openinteractions.sandbox.egress.policy import Blocked, Policy, Rule
-
-_LOOKUPS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +68,14 @@ class _Open:
 class Egress:
     """One environment's way out. Shared by all its connections; rules can be swapped any time."""
 
-    def __init__(self, environment_id: str, policy: Policy, variables: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        environment_id: str,
+        policy: Policy,
+        variables: Iterable[str] = (),
+        *,
+        project: str | None = None,
+    ) -> None:
         """An environment with these rules.
 
         Args:
@@ -78,6 +83,7 @@ class Egress:
             policy: Its network rules.
             variables: Ids of the credentials that it has as environment variables. Where there
                 are any, all TLS is opened: in a tunnel, a placeholder could not be seen.
+            project: Whose it is; nobody else's, if left out.
         """
         self.environment_id = environment_id
         self.policy = policy
@@ -86,7 +92,8 @@ class Egress:
         """Open now."""
         self.bytes_up = 0
         self.bytes_down = 0
-        self.lookups = asyncio.Semaphore(_LOOKUPS)
+        self.asker = Asker(project or environment_id)
+        self.room = Room()
         self._open: set[_Open] = set()
 
     def swap(self, policy: Policy, variables: Iterable[str] = ()) -> None:

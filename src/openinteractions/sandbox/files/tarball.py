@@ -19,6 +19,9 @@ from openinteractions.sandbox.files.threads import Halt
 _BLOCK_BYTES: Final = 512
 _BUFFER_BYTES: Final = 1 << 20
 _MAX_EXTENSION_BYTES: Final = 1 << 20
+_MAX_EXTENSIONS_BYTES: Final = 64 * 2**20
+_MAX_RECORDS: Final = 1_000_000
+"""Of all extended headers of an archive: ten for each of the most members."""
 _MAX_NUMBER_DIGITS: Final = 20
 _GZIP: Final = b"\x1f\x8b"
 _MAX_RATIO: Final = 400
@@ -33,6 +36,9 @@ _KINDS: Final[dict[bytes, Literal["file", "folder", "symlink", "hardlink"]]] = {
     tarfile.SYMTYPE: "symlink",
     tarfile.LNKTYPE: "hardlink",
 }
+_SPARSE: Final = b"GNU.sparse."
+_KEPT: Final = frozenset({b"path", b"linkpath", b"size", b"mtime"})
+"""The records that say something of a member here, beside those of sparse files."""
 _LONG: Final = {tarfile.GNUTYPE_LONGNAME: b"path", tarfile.GNUTYPE_LONGLINK: b"linkpath"}
 _PAX: Final = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 _NOT_AN_ARCHIVE: Final = "Only tar and tar.gz archives can be extracted, and this is neither."
@@ -62,15 +68,44 @@ class Member:
 
 @dataclass(slots=True)
 class _Extensions:
-    """What extended headers say of the member that follows."""
+    """What extended headers say of the member that follows; what nobody asks for is not kept."""
 
     of_all: dict[bytes, bytes] = field(default_factory=dict[bytes, bytes])
     of_next: dict[bytes, bytes] = field(default_factory=dict[bytes, bytes])
+    record_count: int = 0
+    """Of the archive so far, kept or not."""
+    byte_count: int = 0
 
     def taken(self) -> dict[bytes, bytes]:
         both = {**self.of_all, **self.of_next}
         self.of_next = {}
         return both
+
+    def weigh(self, content: bytes) -> None:
+        """Count a header's content.
+
+        Raises:
+            TooLarge: The archive says more of its members than anyone would write.
+        """
+        self.byte_count += len(content)
+        if self.byte_count > _MAX_EXTENSIONS_BYTES:
+            raise TooLarge("The extended headers of the archive are too large.")
+
+    def learn(self, known: dict[bytes, bytes], content: bytes) -> None:
+        """Take in a pax header.
+
+        Raises:
+            Invalid: It is malformed.
+            TooLarge: The archive has more records than anyone would write.
+        """
+        for key, value in _records(content):
+            self.record_count += 1
+            if self.record_count > _MAX_RECORDS:
+                raise TooLarge(f"The archive has more than {_MAX_RECORDS} extended records.")
+            if key in _KEPT:
+                known[key] = value
+            elif key.startswith(_SPARSE):
+                known[_SPARSE] = b""
 
 
 class Tarball:
@@ -132,26 +167,28 @@ class Tarball:
     def _extends(self, info: tarfile.TarInfo, extensions: _Extensions) -> bool:
         """Take in a header that is about others; False if it is a member's own."""
         if info.type in _LONG:
-            extensions.of_next[_LONG[info.type]] = self._extension(info).split(b"\0", 1)[0]
+            content = self._extension(info, extensions)
+            extensions.of_next[_LONG[info.type]] = content.split(b"\0", 1)[0]
         elif info.type in _PAX:
-            extensions.of_next.update(_records(self._extension(info)))
+            extensions.learn(extensions.of_next, self._extension(info, extensions))
         elif info.type == tarfile.XGLTYPE:
-            extensions.of_all.update(_records(self._extension(info)))
+            extensions.learn(extensions.of_all, self._extension(info, extensions))
         else:
             return False
         return True
 
-    def _extension(self, info: tarfile.TarInfo) -> bytes:
+    def _extension(self, info: tarfile.TarInfo, extensions: _Extensions) -> bytes:
         if not 0 <= info.size <= _MAX_EXTENSION_BYTES:
             raise Invalid(f"{_DAMAGED}: a header in it is too large.")
         content = self._exactly(info.size)
         self._exactly(-info.size % _BLOCK_BYTES)
+        extensions.weigh(content)
         return content
 
     def _member(self, info: tarfile.TarInfo, extra: dict[bytes, bytes]) -> Member:
         name = extra.get(b"path") or _raw(info.name)
         kind = _KINDS.get(info.type)
-        if any(key.startswith(b"GNU.sparse.") for key in extra) or kind is None:
+        if _SPARSE in extra or kind is None:
             raise Invalid(
                 f"The archive has '{_shown(name)}' in it, which is no plain file, folder or link:"
                 " devices, pipes and sparse files cannot be extracted."
