@@ -11,9 +11,9 @@ from openinteractions import ids
 from openinteractions.broker import boot as boots
 from openinteractions.broker import store
 from openinteractions.broker.boot import Boot
-from openinteractions.broker.house import Slot
 from openinteractions.broker.live import Live
 from openinteractions.broker.rules import Setup
+from openinteractions.broker.slot import Slot
 from openinteractions.broker.store import Row, Unfinished
 from openinteractions.broker.tasks import Tasks
 from openinteractions.sandbox.port import BackendDown, SandboxError
@@ -51,6 +51,9 @@ class Town:
         self.removed, self.followed, self.ended = [], [], []
         self.tasks = Tasks()
         self.unfinished = []
+        self.mounted = []
+        self.is_quick = False
+        """Commands end before anything else happens."""
         self.problem = None
         monkeypatch.setattr(store, "environments", self.environments)
         monkeypatch.setattr(store, "unfinished", self.find_unfinished)
@@ -62,7 +65,7 @@ class Town:
             database=None,
             launcher=launcher,
             rules=SimpleNamespace(load=self.load),
-            disks=SimpleNamespace(open=self.open),
+            disks=SimpleNamespace(open=self.open, mounted=self.find_mounted),
             tasks=self.tasks,
         )
         self.house = SimpleNamespace(
@@ -82,11 +85,15 @@ class Town:
         return slot.live
 
     def follow(self, slot, live, name, epoch, bounds):
-        slot.running[name] = None
+        if not self.is_quick:
+            slot.running[name] = None
         self.followed.append((name, round(bounds.timeout_s)))
 
     async def environments(self, database, found):
         return {env: Row(env, ids.uuid7(), "b", True, 1, False) for env in found}
+
+    async def find_mounted(self):
+        return [env.hex for env in self.mounted]
 
     async def find_unfinished(self, database, name):
         return self.unfinished
@@ -183,3 +190,31 @@ async def test_an_engine_that_goes_away_removes_nothing_and_is_tried_again(monke
         await asyncio.sleep(0)
         assert [slot.live for slot in town.slots.values()] == lives
     assert town.is_live() == [True, True]
+
+
+async def test_what_ended_while_it_was_taken_in_is_not_unknown(monkeypatch):
+    """It is followed to its end, and that end is stored: nothing else is said of it."""
+    town = Town(monkeypatch, [Pipe([listed("x.1", is_running=True)])])
+    (env,) = town.pipes
+    town.unfinished = [
+        Unfinished(env, "x.1", ids.uuid7(), 1, "c", 1.0),
+        Unfinished(env, "x.2", ids.uuid7(), 1, "c", 1.0),
+    ]
+    town.is_quick = True
+    async with town.tasks.running():
+        await town.boot.take_over()
+        await asyncio.sleep(0)
+    assert [name for name, _ in town.followed] == ["x.1"]
+    assert town.ended == [("x.2", "unknown")]
+
+
+async def test_disks_that_were_left_open_are_known_to_be(monkeypatch):
+    """Otherwise nobody would close one before its environment is used again."""
+    town = Town(monkeypatch, [])
+    idle, lost = ids.uuid7(), ids.uuid7()
+    town.slots |= {env: Slot(env) for env in (idle, lost)}
+    town.mounted = [lost]
+    async with town.tasks.running():
+        await town.boot.take_over()
+        await asyncio.sleep(0)
+    assert [town.slots[env].is_open for env in (idle, lost)] == [False, True]

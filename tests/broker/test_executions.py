@@ -10,8 +10,8 @@ import pytest
 from openinteractions import ids
 from openinteractions.broker import executions, store
 from openinteractions.broker.executions import Bounds, Executions
-from openinteractions.broker.house import Slot
 from openinteractions.broker.live import Live
+from openinteractions.broker.slot import Slot
 from openinteractions.broker.tasks import Tasks
 from openinteractions.errors import Conflict, NotFound, TooMany
 from openinteractions.sandbox.port import Exit, SandboxError

@@ -39,6 +39,11 @@ class Broker:
         """Who owns the one run now."""
         self.asked = 0
         """How often that was asked."""
+        self.changes = 0
+        self.gate: asyncio.Event | None = None
+        """Where changes wait."""
+        self.let_go = 0
+        """How many of them ended while they waited."""
         plant(disk)
 
     @asynccontextmanager
@@ -47,7 +52,17 @@ class Broker:
         self.asked += 1
         if owner != self.owner:
             raise Displaced("Another one.")
+        if self.gate is not None:
+            try:
+                await self.gate.wait()
+            except asyncio.CancelledError:
+                self.let_go += 1
+                raise
         yield
+
+    async def changed(self, env: str) -> None:
+        assert env == ENV.hex
+        self.changes += 1
 
     @asynccontextmanager
     async def tree(self, env: str) -> AsyncIterator[Tree]:
@@ -86,6 +101,7 @@ async def broker(tmp_path: Path) -> AsyncIterator[Broker]:
         app.router,
         broker.tree,
         broker.fence,
+        broker.changed,
         max_upload_bytes=64 << 20,
         max_extracted_bytes=1 << 20,
     )
@@ -164,6 +180,27 @@ async def test_files_go_through_the_client_and_back(client, broker):
     assert await broker.settled()
 
 
+async def test_an_archive_that_nobody_waits_for_is_let_go(client, broker):
+    broker_client, address = client
+    owner = broker.owner = Owner(UUID(int=7), 1)
+    broker.gate = asyncio.Event()
+    writing = asyncio.ensure_future(
+        broker_client.write(
+            address, ENV, "workspace", archive(member("a")), overwrite=True, extract=True,
+            owner=owner,
+        )
+    )  # fmt: skip
+    await eventually(lambda: broker.asked == 1)
+    writing.cancel()
+    await eventually(lambda: broker.let_go == 1)
+    assert await broker.settled()
+    assert unpacked_names(broker) == []
+
+
+def unpacked_names(broker: Broker) -> list[str]:
+    return [path.name for path in broker.workspace.iterdir()]
+
+
 async def test_uploads_go_through_the_client(client, broker):
     broker_client, address = client
     where = (address, ENV)
@@ -173,19 +210,23 @@ async def test_uploads_go_through_the_client(client, broker):
     with pytest.raises(Invalid, match="next offset is 10"):
         await broker_client.append_upload(*where, "u", 11, b"x")
     assert await broker_client.append_upload(*where, "u", 10, packed[10:]) == len(packed)
-    assert await broker_client.upload_size(*where, "u") == len(packed)
+    assert (await broker_client.upload_state(*where, "u")).size_bytes == len(packed)
     extracted = await broker_client.commit_upload(
         *where, "u", "workspace/x", overwrite=False, extract=True
     )
     assert [entry.path for entry in extracted] == ["workspace/x/a", "workspace/x/b/c"]
+    state = await broker_client.upload_state(*where, "u")
+    assert (state.is_over, state.written) == (True, extracted)
     await broker_client.append_upload(*where, "v", 0, b"file")
     written = await broker_client.commit_upload(*where, "v", "workspace/v", overwrite=False)
     assert [entry.size_bytes for entry in written] == [4]
     await broker_client.append_upload(*where, "w", 0, b"file")
     await broker_client.drop_upload(*where, "w")
     await broker_client.drop_upload(*where, "w")
+    state = await broker_client.upload_state(*where, "w")
+    assert (state.is_over, state.written) == (True, None)
     with pytest.raises(NotFound):
-        await broker_client.upload_size(*where, "w")
+        await broker_client.upload_state(*where, "x")
     content = archive(member("a", bytes(2 << 20)), mode="w:gz")
     with pytest.raises(TooLarge):
         await broker_client.write(*where, "workspace", content, overwrite=True, extract=True)
@@ -427,6 +468,23 @@ async def test_an_owner_that_was_replaced_changes_no_file(client, broker):
     await broker_client.remove(*where, owner=NEW)
     assert files_of(broker) == {"b": b"b"}
     assert await broker.settled()
+
+
+async def test_every_change_is_noted_and_no_look(client, broker):
+    client, address = client
+    where = (address, ENV)
+    await client.write(*where, "workspace/note", b"1", overwrite=True)
+    assert broker.changes == 1
+    await client.append_upload(*where, "up1", 0, b"22")
+    await client.stat(*where, "workspace/note")
+    await client.list(*where, "")
+    assert broker.changes == 1
+    await client.commit_upload(*where, "up1", "workspace/note", overwrite=True)
+    await client.remove(*where, "workspace/note")
+    assert broker.changes == 3
+    with pytest.raises(NotFound):
+        await client.remove(*where, "workspace/note")
+    assert broker.changes == 3
 
 
 async def test_who_is_no_owner_is_not_asked(client, broker):

@@ -1,13 +1,15 @@
 """How sandboxes come and go: room, idleness, restarts, forks, and what is nobody's."""
 
 import asyncio
+import json
 import os
+import re
 import secrets
 
 import pytest
 
 from openinteractions import ids
-from openinteractions.errors import NotFound, Unready
+from openinteractions.errors import Invalid, NotFound, Unready
 from openinteractions.sandbox import mounts
 from tests.sandbox.engine import SLIM, docker
 
@@ -124,9 +126,29 @@ async def test_a_stop_ends_what_runs_and_says_so(broker):
     running = asyncio.ensure_future(broker.run(env, broker.shell("sleep 300")))
     await eventually(lambda: busy(broker, env))
     await broker.client.stop(broker.address, env)
-    assert (await asyncio.wait_for(running, 10)).exit.outcome == "killed"
+    end = (await asyncio.wait_for(running, 10)).exit
+    assert (end.outcome, end.stopped_for) == ("killed", "other")
     assert broker.container(env) is None
     await broker.client.stop(broker.address, env)
+
+
+async def test_a_delete_ends_what_runs_and_says_so(broker):
+    env = await broker.environment()
+    running = asyncio.ensure_future(broker.run(env, broker.shell("sleep 300")))
+    await eventually(lambda: busy(broker, env))
+    await broker.fetch("update environments set deleted_at = now() where id = $1", env)
+    await broker.client.delete(broker.address, env)
+    end = (await asyncio.wait_for(running, 10)).exit
+    assert (end.outcome, end.stopped_for) == ("killed", "deleted")
+
+
+async def test_a_process_that_is_killed_for_memory_is_told_from_one_that_is_not(broker):
+    env = await broker.environment()
+    killed = await broker.run(env, broker.shell("kill -9 $$"))
+    assert (killed.exit.signal, killed.exit.out_of_memory) == (9, False)
+    hog = "import sys; x = bytearray(8 << 30)"
+    starved = await broker.run(env, broker.shell(f"python3 -c '{hog}'; true"))
+    assert (starved.exit.code, starved.exit.out_of_memory) == (0, True)
 
 
 async def test_a_fork_has_the_files_and_then_its_own(broker):
@@ -143,6 +165,59 @@ async def test_a_fork_has_the_files_and_then_its_own(broker):
     assert await broker.sh(empty, "ls") == ""
     with pytest.raises(NotFound):
         await broker.client.ensure(broker.address, await broker.environment(), source=ids.uuid7())
+
+
+async def test_a_further_folder_needs_a_new_sandbox(broker):
+    add = broker.client.add_folders
+    env, fork = [await broker.environment() for _ in range(2)]
+    await broker.sh(env, "echo kept > /workspace/a")
+    before = broker.container(env)
+    assert before is not None
+    await add(broker.address, env, ["data", "app"])
+    assert broker.container(env) is None
+    assert broker.events("environment.stopped")[-1]["why"] == "it gets another folder"
+    await write(broker, env, "data/in.txt", b"in")
+    script = "cat /data/in.txt a; id -u; stat -c %u /app; echo out > /app/out.txt"
+    assert await broker.sh(env, script) == "inkept\n1000\n1000\n"
+    # Those that are there change nothing.
+    again = broker.container(env)
+    await add(broker.address, env, ["app", "home", "data"])
+    assert broker.container(env) == again
+    # What runs is not stopped for one.
+    running = asyncio.ensure_future(broker.run(env, broker.shell("sleep 300")))
+    await eventually(lambda: busy(broker, env))
+    with pytest.raises(Unready, match=r"'/more'.*something runs in it"):
+        await add(broker.address, env, ["app", "more"])
+    with pytest.raises(NotFound):
+        await broker.client.stat(broker.address, env, "more")
+    # Files and sandbox go on after a broker's end, and both have them.
+    broker.kill()
+    await broker.start()
+    await eventually(lambda: busy(broker, env))
+    assert await broker.sh(env, "cat /app/out.txt") == "out\n"
+    await broker.client.stop(broker.address, env)
+    await asyncio.wait_for(running, 10)
+    await broker.client.ensure(broker.address, fork, source=env)
+    assert await broker.sh(fork, "cat /app/out.txt /data/in.txt; echo fork > /data/in.txt") == (
+        "out\nin"
+    )
+    assert await read(broker, env, "data/in.txt") == b"in"
+    assert await read(broker, fork, "data/in.txt") == b"fork\n"
+    assert (await broker.client.usage(broker.address, fork))[0] == 3
+
+
+@pytest.mark.parametrize("names", [["etc"], ["a/b"], [".."], [""], ["é"], [1], "data", None])
+async def test_folders_have_names(broker, names):
+    env = await broker.environment()
+    with pytest.raises(Invalid):
+        await broker.client._link.json(
+            broker.address,
+            "PUT",
+            f"/v1/environments/{env.hex}/folders",
+            body=json.dumps({"names": names}).encode(),
+        )
+    entries, _ = await broker.client.list(broker.address, env, "")
+    assert [entry.path for entry in entries] == [".agents", "home", "workspace"]
 
 
 async def test_a_deleted_environment_is_gone_and_stays_so(broker):
@@ -220,7 +295,7 @@ async def test_a_stopped_broker_lets_live_what_works_and_stops_the_rest(broker):
 async def test_two_brokers_cannot_have_one_name_or_one_folder(broker, tmp_path):
     second = broker.spawn()
     assert await asyncio.to_thread(second.wait, 60) == 2
-    assert "Another broker uses the folder" in broker.log_path.read_text()
+    assert re.search(r"Another broker \(pid \d+\) uses the folder", broker.log_path.read_text())
     third = broker.spawn(OI_SANDBOX__DATA_DIR=str(tmp_path))
     assert await asyncio.to_thread(third.wait, 60) == 2
     assert "another broker is running under the name" in broker.log_path.read_text()

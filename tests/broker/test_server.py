@@ -12,9 +12,10 @@ import aiohttp
 import pytest
 
 from openinteractions import clock, ids
-from openinteractions.broker import egress, house, listen
+from openinteractions.broker import egress, listen
+from openinteractions.broker import slot as slots
 from openinteractions.broker.egress import EgressLog, Projects
-from openinteractions.broker.house import Slot
+from openinteractions.broker.slot import Slot
 from openinteractions.crypto import broker_token
 from openinteractions.errors import NotFound, SetupError, TooLarge
 from openinteractions.resources.keys.store import ensure_project
@@ -273,7 +274,7 @@ def test_what_nobody_goes_on_with_is_looked_for_again_and_again(monkeypatch):
     assert slot.is_to_be_cleaned
     slot.cleaned_at = time.monotonic()
     assert not slot.is_to_be_cleaned
-    monkeypatch.setattr(house, "_CLEAN_S", -1.0)
+    monkeypatch.setattr(slots, "_CLEAN_S", -1.0)
     assert slot.is_to_be_cleaned
 
 

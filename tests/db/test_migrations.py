@@ -119,7 +119,7 @@ async def test_a_migration_that_cannot_lock_fails_instead_of_stopping_everybody(
     transaction = reader.transaction()
     await transaction.start()
     # A table of the newest revision: each revision is a transaction of its own.
-    await reader.fetch("select * from agents")
+    await reader.fetch("select * from environments")
     with pytest.raises(Exception, match="lock timeout"):
         await migrate.downgrade(database, "base")
     await transaction.rollback()

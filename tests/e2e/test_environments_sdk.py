@@ -203,17 +203,34 @@ def test_a_repository_is_cloned_under_the_environments_own_rules(
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert (events[0]["host"], events[0]["port"]) == (HOST, git_port)
+    # Into a folder that has something it does not go, and nothing else of that change is laid.
+    change: dict[str, Any] = {
+        "type": "remote",
+        "environment_id": name,
+        "sources": [{"type": "inline", "content": "new", "target": "workspace/repo/README.md"}],
+    }
+    change["sources"].append({**source, "target": "workspace/repo/README.md"})
+    with pytest.raises(raised.BadRequestError, match=r"sources\[1\].*already exists and is not an"):
+        client.interactions.create(model="acme/m", input="x", environment=change)
+    assert read(environment=name, path="workspace/repo/README.md") == b"from git\n"
+    # One whose place is taken by another of the same change: what was laid is named.
+    change["sources"][0]["target"] = change["sources"][1]["target"] = "workspace/new"
+    with pytest.raises(raised.BadRequestError, match=r"sources\[1\].*left: .*workspace/new"):
+        client.interactions.create(model="acme/m", input="x", environment=change)
+    assert read(environment=name, path="workspace/new") == b"new"
+    assert ran(client, fakes, name, "ls -A")[1] == "new\nrepo\n"
     # The same without leave to go there, and for a repository that is not there.
     before = len(client.environments.list(page_size=1000).environments)
-    for change in (
-        {"network": "disabled"},
-        {"sources": [{**source, "source": f"https://{HOST}:{git_port}/none.git"}]},
+    absent = {**source, "source": f"https://{HOST}:{git_port}/none.git"}
+    for change, why in (
+        ({"network": "disabled"}, "egress blocked"),
+        ({"sources": [absent]}, "fatal:"),
     ):
         raw = json.dumps({**body, **change}).encode()
         status, raw, _ = call(server, "POST", "/v1/environments", raw)
         assert status == 400, raw
         message = json.loads(raw)["error"]["message"]
-        assert message.startswith("Cannot set up 'sources[0]': git clone failed: fatal:"), message
+        assert message.startswith(f"Cannot set up 'sources[0]': git clone failed: {why}"), message
     assert len(client.environments.list(page_size=1000).environments) == before
 
 
@@ -234,6 +251,64 @@ def test_an_interaction_makes_and_reuses_an_environment(client: Client, fakes: F
     assert ran(client, fakes, change, "echo $TIMES; cat result")[1] == "8\n42\n"
     with pytest.raises(raised.NotFoundError):
         client.interactions.create(model="acme/m", input="go", tools=CODE, environment="0" * 32)
+
+
+def test_sources_lie_where_googles_examples_put_them(
+    client: Client, fakes: Fakes, git_port: int, docker_engine: DockerEngine
+) -> None:
+    """`/backend-app` is from its page on agent environments ("private sources")."""
+    config: dict[str, Any] = {
+        "type": "remote",
+        "sources": [
+            {
+                "type": "repository",
+                "source": f"https://{HOST}:{git_port}/repo.git",
+                "target": "/backend-app",
+            },
+            {"type": "inline", "content": "a,b\n", "target": "data/x.csv"},
+            {"type": "inline", "content": "# Rules\n", "target": "AGENTS.md"},
+        ],
+        "network": {"allowlist": [{"domain": HOST}]},
+        "env": {"GIT_SSL_NO_VERIFY": "true"},
+    }
+    script = "ls /backend-app; cat /data/x.csv /.agents/AGENTS.md; git -C /backend-app status -s; "
+    write = "echo new > /backend-app/new.txt; echo c >> /data/x.csv; pwd"
+    first, said = ran(client, fakes, config, script + write)
+    assert said == "README.md\na,b\n# Rules\n/workspace\n"
+    name = first.environment_id
+    files = client.environments.files
+    assert [one.path for one in files.list(environment=name, path="").files] == [
+        ".agents", "backend-app", "data", "home", "workspace",
+    ]  # fmt: skip
+    assert files.download(environment=name, path="backend-app/new.txt") == b"new\n"
+    assert files.download(environment=name, path="/data/x.csv") == b"a,b\nc\n"
+    files.upload(environment=name, path="data/up.txt", file=b"up\n")
+    with tarfile.open(fileobj=io.BytesIO(files.download(environment=name, path="data"))) as tar:
+        assert sorted(Path(one).name for one in tar.getnames()) == ["up.txt", "x.csv"]
+    # It ends, and another one is started.
+    (container,) = docker_engine.containers(f"openinteractions.environment={name.replace('-', '')}")
+    docker_engine.remove(container)
+    look = "cat /backend-app/new.txt /data/x.csv /data/up.txt"
+    assert ran(client, fakes, name, look)[1] == "new\na,b\nc\nup\n"
+    fork = client.environments.create(from_environment=f"environments/{name}")
+    assert ran(client, fakes, fork.id, f"{look}; rm /data/up.txt")[1] == "new\na,b\nc\nup\n"
+    assert files.download(environment=name, path="data/up.txt") == b"up\n"
+    # One that exists gets one more.
+    more = {"type": "inline", "content": "more", "target": "/more/m"}
+    config = {"type": "remote", "environment_id": name, "sources": [more]}
+    assert ran(client, fakes, config, "cat /more/m /data/up.txt")[1] == "moreup\n"
+
+
+@pytest.mark.parametrize(
+    ("target", "instead"),
+    [("/x.csv", "/workspace/x.csv"), ("/tmp/x", "/workspace/x"), ("etc/a/x", "/workspace/a/x")],
+)
+def test_a_refused_target_names_another(client: Client, target: str, instead: str) -> None:
+    source = {"type": "inline", "content": "x", "target": target}
+    with pytest.raises(raised.BadRequestError, match=f"'{instead}'"):
+        client.environments.create(sources=[source])
+    made = client.environments.create(sources=[{**source, "target": instead}])
+    assert made.file_count == 1
 
 
 # ---- files

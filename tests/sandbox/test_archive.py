@@ -8,12 +8,14 @@ import os
 import stat
 import struct
 import tarfile
+import tracemalloc
 import zipfile
 from pathlib import Path
 
 import pytest
 
 from openinteractions.errors import AppError, Conflict, Invalid, TooLarge
+from openinteractions.sandbox.files import tarball as tarball_module
 from openinteractions.sandbox.files.site import Site
 from openinteractions.sandbox.files.tarball import Limits, Tarball
 from openinteractions.sandbox.files.threads import Halt
@@ -323,11 +325,12 @@ async def test_an_upload_can_be_an_archive(tree, tmp_path):
     await tree.append("u", 20, stream(content[20:]))
     entries = await tree.commit_archive("u", "workspace/x", max_bytes=LARGE)
     assert [entry.path for entry in entries] == ["workspace/x/a"]
-    assert list((tmp_path / "uploads").iterdir()) == []
-    await tree.append("u", 0, stream(content))
+    # What stays is the mark that it is over.
+    assert [path.name for path in (tmp_path / "uploads").iterdir()] == ["u.over"]
+    await tree.append("v", 0, stream(content))
     with pytest.raises(Conflict):
-        await tree.commit_archive("u", "workspace/x", max_bytes=LARGE)
-    assert await tree.upload_size("u") == len(content)
+        await tree.commit_archive("v", "workspace/x", max_bytes=LARGE)
+    assert (await tree.upload_state("v")).size_bytes == len(content)
 
 
 # Limits.
@@ -426,6 +429,45 @@ async def test_a_crafted_header_is_refused(tree, tmp_path, content):
         await extract(tree, "workspace", content + bytes(10_240))
     assert isinstance(caught.value, Invalid | TooLarge)
     assert await nothing_happened(tree, tmp_path)
+
+
+def pax(count: int, *, kind: bytes = b"g", key: str = "k") -> bytes:
+    """A header with so many records, each with another key."""
+    lines: list[bytes] = []
+    for number in range(count):
+        rest = f" {key}{number:06}=\n"
+        lines.append(f"{len(rest) + 2}{rest}".encode())
+    content = b"".join(lines)
+    padding = bytes(-len(content) % 512)
+    return header("pax", size=len(content), kind=kind) + content + padding
+
+
+def test_what_nobody_asks_for_is_not_kept_of_headers():
+    """A small archive would otherwise fill the memory, and each member copy all of it."""
+    headers = b"".join(pax(60_000, key=key) for key in "uvwxyz")
+    content = headers + header("a", size=0) + bytes(1024)
+    tracemalloc.start()
+    try:
+        assert members(content, Limits(max_bytes=1000)) == 1
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # The headers themselves are held one at a time.
+    assert peak < 6 * 2**20, peak
+
+
+@pytest.mark.parametrize("kind", [b"g", b"x"])
+def test_extended_headers_have_bounds(monkeypatch, kind):
+    content = pax(100, kind=kind) * 2 + header("a", size=0) + bytes(1024)
+    limits = Limits(max_bytes=1000)
+    assert members(content, limits) == 1
+    monkeypatch.setattr(tarball_module, "_MAX_RECORDS", 199)
+    with pytest.raises(TooLarge, match="records"):
+        members(content, limits)
+    monkeypatch.undo()
+    monkeypatch.setattr(tarball_module, "_MAX_EXTENSIONS_BYTES", 2399)
+    with pytest.raises(TooLarge, match="headers"):
+        members(content, limits)
 
 
 async def test_folders_above_members_count_as_members(tree, tmp_path):

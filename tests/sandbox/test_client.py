@@ -11,10 +11,18 @@ import pytest
 from aiohttp import web
 
 from openinteractions import errors
-from openinteractions.sandbox import messages
+from openinteractions.sandbox import link, messages
 from openinteractions.sandbox.client import BrokerClient
 from openinteractions.sandbox.pipe import Omitted
-from openinteractions.sandbox.port import Command, Displaced, Exit, Output, Owner, SandboxError
+from openinteractions.sandbox.port import (
+    Command,
+    Displaced,
+    Exit,
+    NotBegun,
+    Output,
+    Owner,
+    SandboxError,
+)
 
 ENV = UUID("0123456789abcdef0123456789abcdef")
 COMMAND = Command(id="run.1", epoch=3, argv=["true"])
@@ -106,6 +114,7 @@ async def collected(client, broker, command=COMMAND, offset=0):
         (413, "request_too_large", errors.TooLarge),
         (429, "too_many_requests", errors.TooMany),
         (503, "unavailable", errors.Unready),
+        (503, "not_begun", NotBegun),
         (500, "internal", SandboxError),
         (500, "sandbox_error", SandboxError),
     ],
@@ -297,3 +306,41 @@ async def test_commands_survive_the_journey():
     for broken in (None, [], {}, {"epoch": 1}, {"epoch": 1, "argv": []}, {"epoch": 1, "argv": "x"}):
         with pytest.raises(errors.Invalid):
             messages.read_command("a.b", broken)
+
+
+async def pieces():
+    yield b"x"
+
+
+QUICK = [
+    lambda client, to: client.stat(*to, "workspace/a"),
+    lambda client, to: client.list(*to, "workspace"),
+    lambda client, to: client.kill(*to, "run.1"),
+    lambda client, to: client.usage(*to),
+    lambda client, to: client.stop(*to),
+    lambda client, to: client.delete(*to),
+    lambda client, to: client.append_upload(*to, "u", 0, b"x"),
+    lambda client, to: client.write(*to, "workspace/a", pieces(), overwrite=True),
+]
+SLOW = [
+    lambda client, to: client.ensure(*to, source=ENV),
+    lambda client, to: client.commit_upload(*to, "u", "workspace/a", overwrite=True),
+    lambda client, to: client.write(*to, "workspace", pieces(), overwrite=True, extract=True),
+]
+
+
+@pytest.mark.parametrize(("calls", "bound"), [(QUICK, "_SILENCE_S"), (SLOW, "_SLOW_S")])
+async def test_a_broker_that_hangs_does_not_answer(broker, monkeypatch, calls, bound):
+    """What copies or unpacks may take long; whatever else says nothing is given up before."""
+
+    async def hang(request):
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(link, bound, 0.2)
+    broker.answers = [hang] * 2 * len(calls)
+    client = BrokerClient("token", patience_s=0)
+    async with asyncio.timeout(60):
+        for call in calls:
+            with pytest.raises(errors.Unready, match="does not answer"):
+                await call(client, (broker.address, ENV))
+    await client.close()

@@ -255,7 +255,7 @@ async def test_room_shrinks_as_files_grow(disks):
 
 
 async def test_one_broker_a_folder(disks, folder):
-    with pytest.raises(SetupError, match="Another broker"):
+    with pytest.raises(SetupError, match=rf"Another broker \(pid {os.getpid()}\)"):
         await Disks(folder, kind="folder", size_bytes=SIZE).recover()
 
 
@@ -696,3 +696,14 @@ async def test_one_environment_is_counted_once_at_a_time(disks, monkeypatch):
     assert len(calls) == 1
     await disks.usage(A)
     assert len(calls) == 2
+
+
+async def test_what_a_broker_before_has_left_mounted_is_found(disks, folder):
+    await made(disks, A)
+    await disks.ensure(B)
+    await disks.close()
+    later = await opened(folder, disks.kind)
+    assert await later.mounted() == ([A] if disks.kind == "image" else [])
+    assert await later.release(A)
+    assert await later.mounted() == []
+    await later.close()

@@ -211,9 +211,26 @@ async def test_a_container_that_does_not_start_is_removed(engine, backend):
     engine.answers["POST", "containers/create"] = (201, {"Id": "c1"})
     engine.answers["POST", "containers/c1/start"] = (500, {"message": "cgroup trouble"})
     engine.answers["DELETE", "containers/c1"] = (204, None)
-    with pytest.raises(SandboxError, match="did not start: cgroup trouble"):
+    with pytest.raises(BackendDown, match="did not start: cgroup trouble"):
         await backend.create(SPEC)
     assert engine.asked[-1] == ("DELETE", "/v1.44/containers/c1")
+
+
+@pytest.mark.parametrize("path", ["containers/create", "containers/1/start"])
+async def test_an_engine_with_trouble_of_its_own_may_be_asked_again(engine, backend, path):
+    """Such as one that is just being restarted: the command waits, and is not told to its model."""
+    engine.answers |= {
+        ("POST", "containers/create"): (201, {"Id": "1"}),
+        ("POST", "containers/1/start"): (204, None),
+        ("DELETE", "containers/1"): (204, None),
+        ("POST", path): (500, {"message": "failed to update store for object type endpoint"}),
+    }
+    with pytest.raises(BackendDown, match="did not start: failed to update store") as refused:
+        await backend.create(SPEC)
+    assert refused.value.retry_after_s
+    engine.answers["POST", path] = (400, {"message": "no such mount"})
+    with pytest.raises(SandboxError, match="did not start: no such mount"):
+        await backend.create(SPEC)
 
 
 async def test_a_removal_by_another_is_waited_for(engine, backend, monkeypatch):

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import secrets
 import socket
 import stat
 import time
@@ -228,8 +229,9 @@ async def test_no_descriptors_are_lost(tree, workspace):
         for path in ("loop", "loop/x", "out/x", "fifo", "no", "d"):
             with pytest.raises((NotFound, Invalid)):
                 await read(tree, f"workspace/{path}")
-        await tree.append("u", 0, stream(b"x"))
-        await tree.commit("u", "workspace/d/a", overwrite=True)
+        upload = secrets.token_hex(4)
+        await tree.append(upload, 0, stream(b"x"))
+        await tree.commit(upload, "workspace/d/a", overwrite=True)
 
     await all_of_it()
     before = descriptors()
@@ -476,8 +478,14 @@ async def test_links_mean_what_they_mean_in_the_sandbox(tree, workspace, tmp_pat
     for name in ("host_view", "out", "up", "nowhere", "circle"):
         assert (entries[name].type, entries[name].mime_type) == ("symlink", None)
         assert (await tree.stat(f"workspace/{name}")) == entries[name]
+        assert (await tree.stat(f"workspace/{name}")) == entries[name]
         with pytest.raises(Invalid, match="leads to no file"):
             await read(tree, f"workspace/{name}")
+    for name, link in (("relative", "d/a.txt"), ("folder", "/workspace/d"), ("out", "/etc/passwd")):
+        assert entries[name].link == link
+        assert (await tree.stat(f"workspace/{name}")).link == link
+    assert entries["d"].link is None
+    assert (await tree.stat("workspace/folder/a.txt")).link is None
 
 
 async def test_a_link_is_replaced_and_deleted_itself(tree, workspace):
@@ -556,16 +564,23 @@ async def test_usage_counts_what_is_there(tree, workspace):
 async def test_an_upload_arrives_in_parts(tree, tmp_path):
     assert await tree.append("u1", 0, stream(b"one")) == 3
     assert await tree.append("u1", 3, stream(b"two", b"three")) == 11
-    assert await tree.upload_size("u1") == 11
+    assert (await tree.upload_state("u1")).size_bytes == 11
     assert await names(tree, "", recursive=True) == [".agents", "home", "workspace"]
     entry = await tree.commit("u1", "workspace/new/a.txt")
     assert (entry.path, entry.size_bytes) == ("workspace/new/a.txt", 11)
     assert await read(tree, "workspace/new/a.txt") == b"onetwothree"
     status = (tmp_path / "root/workspace/new/a.txt").stat()
     assert (status.st_uid, stat.S_IMODE(status.st_mode)) == (OWNER, 0o644)
-    for again in (tree.upload_size("u1"), tree.commit("u1", "workspace/b")):
+    state = await tree.upload_state("u1")
+    assert (state.is_over, state.written) == (True, [entry])
+    # Whoever lost the answer asks again, wherever it should go now; nothing is made twice.
+    assert await tree.commit("u1", "workspace/b") == entry
+    with pytest.raises(NotFound):
+        await tree.append("u1", 0, stream(b"one"))
+    for unknown in (tree.upload_state("u2"), tree.commit("u2", "workspace/b")):
         with pytest.raises(NotFound):
-            await again
+            await unknown
+    assert await names(tree, "workspace") == ["workspace/new"]
 
 
 async def test_a_part_may_come_again(tree):
@@ -577,7 +592,7 @@ async def test_a_part_may_come_again(tree):
         await tree.append("u", 4, stream(b"x"))
     with pytest.raises(Invalid, match="not those that arrived before"):
         await tree.append("u", 0, stream(b"abX"))
-    assert await tree.upload_size("u") == 3
+    assert (await tree.upload_state("u")).size_bytes == 3
 
 
 async def test_a_part_that_broke_off_is_sent_again_whole(tree):
@@ -620,11 +635,18 @@ async def test_uploads_are_forgotten(tree, tmp_path):
     await tree.append("old", 0, stream(b"x"))
     await tree.append("young", 0, stream(b"x"))
     await tree.append("dropped", 0, stream(b"x"))
-    await tree.delete_upload("dropped")
-    await tree.delete_upload("dropped")
-    os.utime(tmp_path / "uploads/old", (0, time.time() - 7200))
+    for upload in ("dropped", "dropped", "never"):
+        await tree.delete_upload(upload)
+        for late in (tree.append(upload, 0, stream(b"x")), tree.commit(upload, "workspace/x")):
+            with pytest.raises(NotFound):
+                await late
+    kept = {path.name for path in (tmp_path / "uploads").iterdir()}
+    assert kept == {"old", "young", "dropped.over", "never.over"}
+    for name in ("old", "dropped.over"):
+        os.utime(tmp_path / "uploads" / name, (0, time.time() - 7200))
     await tree.clean(uploads_older_than_s=3600)
-    assert [path.name for path in (tmp_path / "uploads").iterdir()] == ["young"]
+    kept = {path.name for path in (tmp_path / "uploads").iterdir()}
+    assert kept == {"young", "never.over"}
 
 
 @pytest.mark.parametrize("upload", ["", "..", "a/b", "a\0", "ä", "x" * 129])
@@ -632,7 +654,7 @@ async def test_an_uploads_id_is_no_path(tree, upload):
     with pytest.raises(Invalid):
         await tree.append(upload, 0, stream(b"x"))
     with pytest.raises(Invalid):
-        await tree.upload_size(upload)
+        await tree.upload_state(upload)
 
 
 # Where the file system does not bound the size.

@@ -439,6 +439,19 @@ async def test_a_peer_that_only_sends_rubbish_is_given_up():
         assert "rubbish" in host.why
 
 
+async def test_a_peer_that_forges_frames_is_given_up_within_a_read():
+    """Each head begins inside the frame before it, and each frame's sum is wrong."""
+    head = bytearray(11)
+    head[: len(MAGIC)] = MAGIC
+    head[6:10] = (65535).to_bytes(4, "big")
+    async with besieged() as (host, peer):
+        await peer.end.write(bytes(head) * 23_000)
+        async with asyncio.timeout(20):
+            await host.lost.wait()
+        assert "rubbish" in host.why
+        assert host._decoder.bad == muxes._MAX_BAD + 1
+
+
 async def test_a_peer_that_keeps_losing_frames_is_given_up():
     async with besieged() as (host, peer):
         for _ in range(100):

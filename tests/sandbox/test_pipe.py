@@ -427,8 +427,10 @@ async def test_a_session_that_is_stopped_is_fresh_next_time(how):
         assert (end.outcome, end.code, end.signal) == expected
         assert end.timed_out == (how == "timeout")
         assert (b"KeyboardInterrupt" in err) == (how == "signal")
+        assert end.has_ended_session
         out, _, end = await run(pipe, command(["'x' in globals()"], session="s"))
         assert (out, end.is_fresh_session) == (b"False\n", True)
+        assert not end.has_ended_session
 
 
 FORGE = """

@@ -14,6 +14,7 @@ from openinteractions.sandbox.disk import Disks
 from openinteractions.sandbox.docker import DockerBackend
 from openinteractions.sandbox.pool import Pool, Started
 from openinteractions.sandbox.port import (
+    UID,
     Backend,
     BackendDown,
     Duplex,
@@ -188,6 +189,43 @@ async def test_without_a_pool_it_starts_with_its_folders(house):
         assert await again.pipe.say("cat b.txt") == "new\n"
         await again.pipe.close()
         await cold.remove(again.ref)
+
+
+@needs_root
+async def test_further_folders_are_mounted_from_the_start(house):
+    """So their sandbox is a new one, and the warm one is left to others."""
+    root = await house.root(A)
+    for name in ("data", ".back-end_2"):
+        (root / name).mkdir(mode=0o755)
+        os.chown(root / name, UID, UID)
+    # What is none, whoever has put it there.
+    (root / "etc").mkdir()
+    (root / "link").symlink_to("/etc")
+    (root / "file").touch()
+    async with house.pool() as warm:
+        await until(lambda: warm.warm == 1)
+        started = await warm.start(A, root)
+        assert not started.is_warm
+        assert warm.warm == 1
+        script = (
+            "for d in /data /.back-end_2; do stat -c '%n %u:%g %a' $d; echo $d >$d/x; "
+            "echo 'echo ran' >$d/s; chmod +x $d/s; sh -c $d/s; done; "
+            "exec 2>/dev/null; mkdir /other || echo read-only; rmdir /data; ls -d /link /file"
+        )
+        assert await started.pipe.say(script) == (
+            "/data 1000:1000 755\nran\n/.back-end_2 1000:1000 755\nran\nread-only\n"
+        )
+        assert (root / "data/x").read_text() == "/data\n"
+        assert (root / "data/x").stat().st_uid == UID
+        assert (await started.pipe.say("cat /etc/passwd")).startswith("root:")
+        other = await house.root(B)
+        neighbour = await warm.start(B, other)
+        assert neighbour.is_warm
+        assert await neighbour.pipe.say("ls -d /data 2>/dev/null || echo none") == "none\n"
+        for each in (started, neighbour):
+            await each.pipe.close()
+            await warm.remove(each.ref)
+    assert await house.disks.release(A)
 
 
 @needs_root

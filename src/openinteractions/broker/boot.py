@@ -14,9 +14,10 @@ import structlog
 
 from openinteractions.broker import store
 from openinteractions.broker.executions import LONGEST_S, Bounds, Executions, interaction_of
-from openinteractions.broker.house import House, Slot, configure
+from openinteractions.broker.house import House, configure
 from openinteractions.broker.live import Live
 from openinteractions.broker.rules import Setup
+from openinteractions.broker.slot import Slot
 from openinteractions.broker.store import Row, Unfinished
 from openinteractions.db.engine import LOST
 from openinteractions.errors import AppError, SetupError
@@ -46,6 +47,8 @@ class Boot:
         self._executions = executions
         self._parts = house.parts
         self._strangers: dict[str, float] = {}
+        self._followed: set[tuple[UUID, str]] = set()
+        """Commands that ran on, and how they end is known."""
         self.is_done = False
 
     async def take_over(self) -> None:
@@ -74,8 +77,12 @@ class Boot:
         for problem in await asyncio.gather(*adopting, return_exceptions=True):
             if problem is not None:
                 raise problem
+        for env in await parts.disks.mounted():
+            # Where nobody uses it, it is unmounted when it has been idle.
+            self._house.slot(UUID(env)).is_open = True
         for environment_id, executions in unfinished.items():
             await self._give_up(self._house.slot(environment_id), executions)
+        self._followed.clear()
         self.is_done = self._house.is_complete = True
         parts.tasks.spawn(self._end_abandoned_for_ever(), name="abandoned")
         _log.info("broker.recovered", running=self._house.running, found=len(found))
@@ -144,6 +151,7 @@ class Boot:
                     left_s = max(LONGEST_S - each.age_s, 0.0)
                     bounds = Bounds(timeout_s=left_s)
                     self._executions.follow(slot, live, each.id, each.epoch, bounds)
+                    self._followed.add((slot.id, each.id))
         ended = [name for name, fields in known.items() if not fields["is_running"]]
         self._parts.tasks.spawn(_forget(live, ended), name=f"forget-{row.id.hex}")
         _log.info("environment.adopted", environment_id=row.id.hex, executions=sorted(slot.running))
@@ -153,7 +161,7 @@ class Boot:
         fields = messages.exit_fields(_UNKNOWN)
         async with slot.lock:
             for each in executions:
-                if each.id not in slot.running:
+                if (slot.id, each.id) not in self._followed and each.id not in slot.running:
                     _log.warning(
                         "execution.unknown", environment_id=slot.id.hex, execution_id=each.id
                     )

@@ -6,6 +6,7 @@ id is the running command, its stored result, or `unknown`; never a second run.
 
 import asyncio
 import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 from uuid import UUID
@@ -14,14 +15,23 @@ import structlog
 
 from openinteractions import metrics
 from openinteractions.broker import store
-from openinteractions.broker.house import House, Slot
-from openinteractions.broker.live import Live, Running
+from openinteractions.broker.house import House
+from openinteractions.broker.live import DELETED, OVER_BOUND, Live, Running
 from openinteractions.broker.record import Record
+from openinteractions.broker.slot import Slot
 from openinteractions.db.engine import LOST
-from openinteractions.errors import Invalid, RequestError, TooMany
+from openinteractions.errors import Invalid, RequestError, TooMany, Unready
 from openinteractions.sandbox import messages
 from openinteractions.sandbox.pipe import Pipe
-from openinteractions.sandbox.port import Command, Displaced, Exit, Gone, SandboxError
+from openinteractions.sandbox.port import (
+    Command,
+    Displaced,
+    Exit,
+    Gone,
+    NotBegun,
+    SandboxError,
+    StoppedFor,
+)
 
 _log = structlog.get_logger(__name__)
 
@@ -43,6 +53,7 @@ _MAX_PAUSE_S: Final = 10.0
 _UNKNOWN: Final = Exit(outcome="unknown")
 _KILLED: Final = Exit(outcome="killed", signal=_KILL)
 _TIMED_OUT: Final = replace(_KILLED, timed_out=True)
+_WHYS: Final[Mapping[str, StoppedFor]] = {DELETED: "deleted", OVER_BOUND: "size"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +90,7 @@ class Executions:
         Raises:
             Displaced: A higher epoch of the same interaction has been seen.
             NotFound: No such environment.
-            Unready: It cannot be started now, and was not.
+            NotBegun: It cannot be started now, and was not.
         """
         check_id(command.id)
         slot = self._house.slot(environment_id)
@@ -217,7 +228,10 @@ class Executions:
 
     async def _start(self, slot: Slot, command: Command) -> Record:
         row = await self._house.row(slot.id)
-        live = await self._house.activate(slot, row)
+        try:
+            live = await self._house.activate(slot, row)
+        except Unready as error:
+            raise NotBegun(error.message, retry_after_s=error.retry_after_s) from error
         pipe = await live.usable()
         if not await self._begin(row, command.id, epoch=command.epoch, sandbox=live.ref):
             raise Displaced("The run has another owner now.")
@@ -273,7 +287,7 @@ class Executions:
             async with asyncio.timeout_at(running.ends_by) as running.timeout:
                 return await _until_end(running)
         except Gone:
-            return _KILLED if running.is_stopped else _UNKNOWN
+            return _stopped(running.stopped_for)
         except TimeoutError:
             ended = _KILLED if running.is_killed else _TIMED_OUT
         except Exception as error:  # noqa: BLE001 - what a sandbox says must not keep a run waiting
@@ -320,6 +334,11 @@ class Executions:
     async def _end(self, environment_id: UUID, name: str, ended: Exit, output: bytes) -> None:
         fields = messages.exit_fields(ended)
         await store.end(self._database, environment_id, name, fields=fields, output=output)
+
+
+def _stopped(why: str | None) -> Exit:
+    """The end of a command whose sandbox is gone; None: not because we stopped it."""
+    return _UNKNOWN if why is None else replace(_KILLED, stopped_for=_WHYS.get(why, "other"))
 
 
 async def _until_end(running: Running) -> Exit:

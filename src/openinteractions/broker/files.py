@@ -6,10 +6,10 @@ Nothing is held in memory but the piece that is on its way.
 import asyncio
 import math
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias, TypeVar
 from uuid import UUID
 
 import orjson
@@ -20,10 +20,14 @@ from openinteractions.errors import Invalid
 from openinteractions.sandbox.files.tree import Landing, Tree
 from openinteractions.sandbox.port import Entry, Owner
 
+_T = TypeVar("_T")
+
 OpenTree: TypeAlias = Callable[[str], AbstractAsyncContextManager[Tree]]
 """An environment's files, while the context is open; raises `NotFound` if there are none."""
 Fence: TypeAlias = Callable[[str, Owner], Landing]
 """Within it an owner changes an environment's files; raises `Displaced` if it is none any more."""
+Note: TypeAlias = Callable[[str], Awaitable[None]]
+"""Told that an environment's files have been changed; raises nothing."""
 
 MAX_UPLOAD_BYTES: Final = 64 * 2**30
 """Of one file; the environment's disk is the real limit."""
@@ -33,6 +37,7 @@ MAX_EXTRACTED_BYTES: Final = 16 * 2**30
 _SEND_BYTES: Final = 256 * 1024
 _STALL_S: Final = 30.0
 """A reader may take nothing for twice as long at most."""
+_LOOK_S: Final = 0.5
 _DEFAULT_PAGE: Final = 1000
 _MAX_PAGE: Final = 10_000
 _OFFSET: Final = re.compile(r"[0-9]{1,18}")
@@ -43,20 +48,21 @@ def add_file_routes(
     router: web.UrlDispatcher,
     open_tree: OpenTree,
     fence: Fence,
+    changed: Note,
     *,
     max_upload_bytes: int = MAX_UPLOAD_BYTES,
     max_extracted_bytes: int = MAX_EXTRACTED_BYTES,
 ) -> None:
     """Serve `/v1/environments/{env}/files…` and `/uploads…`; `broker.errors` renders errors."""
-    files = _Files(open_tree, fence, max_upload_bytes, max_extracted_bytes)
+    files = _Files(open_tree, fence, changed, max_upload_bytes, max_extracted_bytes)
     base = "/v1/environments/{env}"
-    for path in (f"{base}/files", f"{base}/files/{{path:.*}}"):
+    for path in (f"{base}/files", f"{base}/files/{{path:(?s:.*)}}"):
         router.add_get(path, files.get, allow_head=False)
         router.add_put(path, files.put)
         router.add_post(path, files.post)
         router.add_delete(path, files.delete)
     router.add_put(f"{base}/uploads/{{upload}}", files.append)
-    router.add_get(f"{base}/uploads/{{upload}}", files.upload_size, allow_head=False)
+    router.add_get(f"{base}/uploads/{{upload}}", files.upload_state, allow_head=False)
     router.add_delete(f"{base}/uploads/{{upload}}", files.delete_upload)
     router.add_post(f"{base}/uploads/{{upload}}/commit", files.commit)
 
@@ -67,6 +73,7 @@ class _Files:
 
     open_tree: OpenTree
     fence: Fence
+    changed: Note
     max_upload_bytes: int
     max_extracted_bytes: int
 
@@ -147,35 +154,37 @@ class _Files:
         body, landing = _body(request), self._landing(request)
         async with self._tree(request) as tree:
             if _flag(request, "extract"):
-                return _written(
-                    await tree.extract(
-                        _path(request),
-                        body,
-                        overwrite=overwrite,
-                        max_bytes=self.max_extracted_bytes,
-                        landing=landing,
-                    )
+                extracting = tree.extract(
+                    _path(request),
+                    body,
+                    overwrite=overwrite,
+                    max_bytes=self.max_extracted_bytes,
+                    landing=landing,
                 )
-            entry = await tree.write(
-                _path(request),
-                body,
-                overwrite=overwrite,
-                max_bytes=self.max_upload_bytes,
-                landing=landing,
-            )
-            return _written([entry])
+                written = await while_there(request, extracting)
+            else:
+                entry = await tree.write(
+                    _path(request),
+                    body,
+                    overwrite=overwrite,
+                    max_bytes=self.max_upload_bytes,
+                    landing=landing,
+                )
+                written = [entry]
+        return await self._written(request, written)
 
     async def post(self, request: web.Request) -> web.StreamResponse:
         """`op=mkdir`."""
         if request.query.get("op") != "mkdir":
             raise Invalid("'op' is mkdir.")
         async with self._tree(request) as tree:
-            return _written([await tree.mkdir(_path(request))])
+            return _json({"files": [await tree.mkdir(_path(request))]})
 
     async def delete(self, request: web.Request) -> web.StreamResponse:
         """Remove a file or folder."""
         async with self._tree(request) as tree, self._landing(request):
             await tree.delete(_path(request), recursive=_flag(request, "recursive"))
+        await self.changed(request.match_info["env"])
         return _json({})
 
     async def append(self, request: web.Request) -> web.StreamResponse:
@@ -187,10 +196,11 @@ class _Files:
             )
         return _json({"size": size})
 
-    async def upload_size(self, request: web.Request) -> web.StreamResponse:
-        """How much of an upload is there."""
+    async def upload_state(self, request: web.Request) -> web.StreamResponse:
+        """How much of an upload is there, or what it became."""
         async with self._tree(request) as tree:
-            return _json({"size": await tree.upload_size(_upload(request))})
+            state = await tree.upload_state(_upload(request))
+        return _json({"size": state.size_bytes, "is_over": state.is_over, "files": state.written})
 
     async def delete_upload(self, request: web.Request) -> web.StreamResponse:
         """Throw an upload away."""
@@ -204,15 +214,37 @@ class _Files:
         overwrite = _flag(request, "overwrite")
         async with self._tree(request) as tree:
             if _flag(request, "extract"):
-                return _written(
-                    await tree.commit_archive(
-                        _upload(request),
-                        path,
-                        overwrite=overwrite,
-                        max_bytes=self.max_extracted_bytes,
-                    )
+                written = await tree.commit_archive(
+                    _upload(request),
+                    path,
+                    overwrite=overwrite,
+                    max_bytes=self.max_extracted_bytes,
                 )
-            return _written([await tree.commit(_upload(request), path, overwrite=overwrite)])
+            else:
+                written = [await tree.commit(_upload(request), path, overwrite=overwrite)]
+        return await self._written(request, written)
+
+    async def _written(self, request: web.Request, entries: Sequence[Entry]) -> web.Response:
+        await self.changed(request.match_info["env"])
+        return _json({"files": entries})
+
+
+async def while_there(request: web.Request, work: Coroutine[Any, Any, _T]) -> _T:
+    """What long work gives; it is stopped when nobody waits for the answer any more.
+
+    Raises:
+        ConnectionError: It was.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        while not (await asyncio.wait({task}, timeout=_LOOK_S))[0]:
+            if request.transport is None or request.transport.is_closing():
+                raise ConnectionAbortedError("nobody waits for the answer")
+        return await task
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task})
 
 
 async def send(request: web.Request, answer: web.StreamResponse, piece: bytes) -> None:
@@ -283,10 +315,6 @@ async def _body(request: web.Request) -> AsyncIterator[bytes]:
     """
     async for chunk in request.content.iter_any():
         yield chunk
-
-
-def _written(entries: Sequence[Entry]) -> web.Response:
-    return _json({"files": entries})
 
 
 def _json(content: object) -> web.Response:

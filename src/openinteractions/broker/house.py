@@ -7,9 +7,10 @@ its state holds the slot's lock.
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Generator, Iterable
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 from uuid import UUID
@@ -21,15 +22,18 @@ from openinteractions.broker import store
 from openinteractions.broker.bounds import Bounds
 from openinteractions.broker.egress import EgressLog, Projects
 from openinteractions.broker.launcher import Launcher
-from openinteractions.broker.live import Live, Running
+from openinteractions.broker.live import DELETED, OVER_BOUND, Live
 from openinteractions.broker.rules import Rules, Setup
+from openinteractions.broker.shares import Shares
+from openinteractions.broker.slot import Slot
 from openinteractions.broker.store import Row
 from openinteractions.broker.tasks import Tasks
-from openinteractions.db.engine import Database
+from openinteractions.db.engine import LOST, Database
 from openinteractions.errors import NotFound, Unready
 from openinteractions.resources.environments import store as environments
 from openinteractions.sandbox.disk import Disks
 from openinteractions.sandbox.egress.state import Egress
+from openinteractions.sandbox.files.threads import owned_by
 from openinteractions.sandbox.files.tree import Tree
 from openinteractions.sandbox.pipe import Pipe
 from openinteractions.sandbox.port import BackendDown, Displaced, Gone, Json, Owner, SandboxError
@@ -39,76 +43,7 @@ _log = structlog.get_logger(__name__)
 _BUSY_RETRY_S: Final = 5.0
 _TIDY_S: Final = 5.0
 _DISK_IDLE_S: Final = 60.0
-_CLEAN_S: Final = 3600.0
 _LOOK_S: Final = 0.5
-
-
-@dataclass(eq=False)
-class Slot:
-    """One environment's place."""
-
-    id: UUID
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    live: Live | None = None
-    running: dict[str, Running] = field(default_factory=dict[str, Running])
-    """Executions without a stored result."""
-    leftover: str | None = None
-    """A container that could not be removed."""
-    is_open: bool = False
-    """Its disk was opened, and not released since."""
-    cleaned_at: float | None = None
-    """When what nobody goes on with was removed from beside its files."""
-    uses: int = 0
-    last_used: float = field(default_factory=time.monotonic)
-    file_uses: int = 0
-    """Who only reads or writes its files: their disk is needed, and no sandbox."""
-    files_last_used: float = field(default_factory=time.monotonic)
-    landing: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held while a run changes a file."""
-
-    @contextmanager
-    def used(self) -> Generator[None]:
-        """It is in use until the context ends."""
-        self.uses += 1
-        try:
-            yield
-        finally:
-            self.uses -= 1
-            self.touch()
-
-    @contextmanager
-    def files_used(self) -> Generator[None]:
-        """Its disk is in use until the context ends."""
-        self.file_uses += 1
-        try:
-            yield
-        finally:
-            self.file_uses -= 1
-            self.files_last_used = time.monotonic()
-
-    def touch(self) -> None:
-        """It has just been used."""
-        self.last_used = time.monotonic()
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether somebody uses its sandbox now, or it is about to change."""
-        return bool(self.uses or self.running or self.lock.locked())
-
-    @property
-    def idle_s(self) -> float:
-        """How long nobody has used its sandbox."""
-        return 0.0 if self.uses or self.running else time.monotonic() - self.last_used
-
-    @property
-    def disk_idle_s(self) -> float:
-        """How long nobody has used anything of it."""
-        return 0.0 if self.file_uses else min(self.idle_s, time.monotonic() - self.files_last_used)
-
-    @property
-    def is_to_be_cleaned(self) -> bool:
-        """Whether it was long ago, or never."""
-        return self.cleaned_at is None or time.monotonic() - self.cleaned_at > _CLEAN_S
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,14 +74,18 @@ class House:
         """What a broker before has left running is known."""
         self._slots: dict[UUID, Slot] = {}
         self._bounds = Bounds(parts.disks)
-        self._starting = 0
+        self._starting: Counter[UUID] = Counter()
+        """For which projects."""
+        self._shares = Shares(max_running)
 
     # Looking.
 
     @property
     def running(self) -> int:
         """How many sandboxes run."""
-        return self._starting + sum(1 for slot in self._slots.values() if slot.live is not None)
+        return self._starting.total() + sum(
+            1 for slot in self._slots.values() if slot.live is not None
+        )
 
     def slot(self, environment_id: UUID) -> Slot:
         """An environment's slot; made if it has none."""
@@ -193,23 +132,30 @@ class House:
         Raises:
             NotFound: No such environment, or its files are lost.
         """
+        async with self._files(environment_id) as (root, _):
+            yield root
+
+    @asynccontextmanager
+    async def _files(self, environment_id: UUID) -> AsyncGenerator[tuple[Path, Row]]:
         slot = self.slot(environment_id)
         with slot.files_used():
             async with slot.lock:
-                root = await self._opened(slot, await self.row(environment_id))
-            yield root
+                row = await self.row(environment_id)
+                root = await self._opened(slot, row)
+            yield root, row
 
     @asynccontextmanager
     async def tree(self, environment_id: UUID) -> AsyncGenerator[Tree]:
         """An environment's files, to be worked on. Errors as in `files`."""
-        async with self.files(environment_id) as root:
+        async with self._files(environment_id) as (root, row):
             slot, uid = self.slot(environment_id), self.parts.disks.uid
             quota = self._bounds.quota(environment_id)
             tree = Tree(root, uid=uid, gid=uid, environment=environment_id.hex, quota=quota)
-            if slot.is_to_be_cleaned:
-                slot.cleaned_at = time.monotonic()
-                await tree.clean()
-            yield tree
+            with owned_by(row.project_id.hex):
+                if slot.is_to_be_cleaned:
+                    slot.cleaned_at = time.monotonic()
+                    await tree.clean()
+                yield tree
 
     @asynccontextmanager
     async def fenced(self, environment_id: UUID, owner: Owner) -> AsyncGenerator[None]:
@@ -248,6 +194,42 @@ class House:
                 else:
                     await self._opened(slot, row)
 
+    async def add_folders(self, environment_id: UUID, names: Sequence[str]) -> None:
+        """Have folders at the top of an environment, beside the three.
+
+        Its sandbox is stopped for one that is not there yet: the next one has it.
+
+        Raises:
+            Invalid: There would be too many, or a name cannot be.
+            NotFound: No such environment, or its files are lost.
+            Unready: Its sandbox is in use.
+        """
+        slot = self.slot(environment_id)
+        async with self.tree(environment_id) as tree, slot.lock:
+            missing = await tree.missing_tops(names)
+            if not missing:
+                return
+            if slot.live is not None and slot.is_at_work:
+                raise Unready(
+                    f"The environment gets the folder '/{missing[0]}', for which its sandbox has "
+                    "to start anew: not while something runs in it. Try again when it has ended.",
+                    retry_after_s=_BUSY_RETRY_S,
+                )
+            await self._stop(slot, "it gets another folder")
+            await tree.add_tops(missing)
+
+    async def note_change(self, environment_id: UUID) -> None:
+        """Say that an environment's files were changed from outside its sandbox."""
+        try:
+            await environments.set_changed(self.parts.database, environment_id)
+        except LOST as error:
+            # They are counted anew some seconds later.
+            _log.warning(
+                "environment.change_not_noted",
+                environment_id=environment_id.hex,
+                error=type(error).__name__,
+            )
+
     async def usage(self, environment_id: UUID) -> tuple[int, int]:
         """Files of an environment and their bytes."""
         async with self.files(environment_id):
@@ -259,7 +241,7 @@ class House:
         slot = self.slot(environment_id)
         with slot.used():
             async with slot.lock:
-                await self._stop(slot, "deleted")
+                await self._stop(slot, DELETED)
                 await self.parts.disks.delete(environment_id.hex)
                 slot.is_open, slot.cleaned_at = False, None
                 self.parts.projects.drop(environment_id)
@@ -318,12 +300,12 @@ class House:
             self.check_ready()
             root = await self._opened(slot, row)
             await self._bounds.admit(row.id)
-            await self._make_room()
-            self._starting += 1
+            await self._make_room(row.project_id)
+            self._starting[row.project_id] += 1
             try:
                 live = await self._start(slot, row, root)
             finally:
-                self._starting -= 1
+                self._starting[row.project_id] -= 1
         elif live.revision != row.revision:
             configure(live, await self.parts.rules.load(row))
         return live
@@ -371,7 +353,7 @@ class House:
     def egress(self, row: Row, setup: Setup) -> Egress:
         """The way out of an environment."""
         self.parts.projects.add(row.id, row.project_id)
-        return Egress(row.id.hex, setup.policy, setup.credential_ids)
+        return Egress(row.id.hex, setup.policy, setup.credential_ids, project=row.project_id.hex)
 
     async def _start(self, slot: Slot, row: Row, root: Path) -> Live:
         began = time.monotonic()
@@ -394,31 +376,43 @@ class House:
         )
         return live
 
-    async def _make_room(self) -> None:
-        """Stop the idlest sandboxes until there is room for one more.
+    async def _make_room(self, project_id: UUID) -> None:
+        """Stop the idlest sandboxes until there is room for one more of a project.
 
         Raises:
-            Unready: All are busy.
+            Unready: All are busy, or what is free is for projects that have fewer.
         """
+        busy = +self._starting
+        busy.update(
+            slot.live.project_id for slot in self._slots.values() if slot.live and slot.is_busy
+        )
+        if not self._shares.may_have(project_id, busy):
+            raise self._refusal(project_id, "in use, or for other projects that wait for one")
         while self.running >= self.max_running:
             idle = [slot for slot in self._slots.values() if slot.live and not slot.is_busy]
             if not idle:
-                raise Unready(
-                    f"All {self.max_running} sandboxes of this broker are busy "
-                    "(setting sandbox.max_running).",
-                    retry_after_s=_BUSY_RETRY_S,
-                )
+                raise self._refusal(project_id, "busy")
             victim = min(idle, key=lambda slot: slot.last_used)
             async with victim.lock:
                 if not (victim.uses or victim.running):
                     await self._stop(victim, "room needed")
+        self._shares.note_start(project_id)
+
+    def _refusal(self, project_id: UUID, why: str) -> Unready:
+        if self._shares.note_refusal(project_id):
+            _log.warning("broker.full", max_running=self.max_running, project_id=project_id.hex)
+        return Unready(
+            f"All {self.max_running} sandboxes of this broker are {why} "
+            "(setting sandbox.max_running).",
+            retry_after_s=_BUSY_RETRY_S,
+        )
 
     async def _stop(self, slot: Slot, why: str) -> None:
         """The caller holds the lock."""
         live = slot.live
         if live is not None:
             for running in list(slot.running.values()):
-                running.is_stopped = True
+                running.stopped_for = why
             await live.leave()
             slot.live = None
             await self._remove(slot, live)
@@ -517,7 +511,7 @@ class House:
         )
         async with slot.lock:
             if slot.live is live:
-                await self._stop(slot, "over its bound")
+                await self._stop(slot, OVER_BOUND)
 
     async def let_go(self) -> None:
         """At the broker's end: what runs a command lives on, for the next broker; the rest goes."""

@@ -16,6 +16,9 @@ from openinteractions.sandbox.port import BackendDown, Gone, SandboxError
 
 _log = structlog.get_logger(__name__)
 
+DELETED: Final = "deleted"
+OVER_BOUND: Final = "over its bound"
+"""Why a sandbox is stopped: what those who run commands there are told apart."""
 _REATTACH_S: Final = 30.0
 _PAUSE_S: Final = 0.5
 
@@ -114,8 +117,8 @@ class Running:
     session: str | None = None
     is_killed: bool = False
     """Somebody has asked for its end."""
-    is_stopped: bool = False
-    """Its sandbox was stopped by us."""
+    stopped_for: str | None = None
+    """Why its sandbox was stopped by us."""
     task: asyncio.Task[None] | None = field(default=None, repr=False)
     timeout: asyncio.Timeout | None = field(default=None, repr=False)
 

@@ -32,6 +32,7 @@ _MAX_LINE: Final = 32 * 1024
 """Of a request: two paths of 4096 bytes are three times as long where each byte is escaped."""
 _ENV: Final = "/v1/environments/{env:[0-9a-f]{32}}"
 _BAD: Final = 500
+_UNREADY: Final = 503
 _MAX_PORT: Final = 65535
 
 Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -65,6 +66,7 @@ def create_app(desk: Desk) -> web.Application:
             web.post(_ENV + "/stop", api.stop),
             web.post(_ENV + "/refresh", api.refresh),
             web.get(_ENV + "/usage", api.usage),
+            web.put(_ENV + "/folders", api.add_folders),
             web.get(_ENV + "/executions", api.executions),
             web.put(execution, api.execute),
             web.get(execution, api.follow),
@@ -83,7 +85,10 @@ def create_app(desk: Desk) -> web.Application:
     def fence(text: str, owner: Owner) -> Landing:
         return desk.house.fenced(_uuid(text), owner)
 
-    add_file_routes(app.router, open_tree, fence)
+    async def changed(text: str) -> None:
+        await desk.house.note_change(_uuid(text))
+
+    add_file_routes(app.router, open_tree, fence, changed)
     return app
 
 
@@ -121,6 +126,11 @@ class _Api:
     async def usage(self, request: web.Request) -> web.Response:
         count, size = await self._house.usage(_env(request))
         return _json({"file_count": count, "size_bytes": size})
+
+    async def add_folders(self, request: web.Request) -> web.Response:
+        names = _names((await _object(request)).get("names"))
+        await self._house.add_folders(_env(request), names)
+        return _json({})
 
     async def executions(self, request: web.Request) -> web.Response:
         slot = self._house.slot(_env(request))
@@ -195,7 +205,9 @@ async def _logged(request: web.Request, handler: Handler) -> web.StreamResponse:
     request_id = request.headers.get("X-Request-Id", "")[:64] or ids.uuid7().hex
     with structlog.contextvars.bound_contextvars(request_id=request_id):
         response = await handler(request)
-        level = _log.warning if response.status >= _BAD else _log.debug
+        # Who finds no sandbox free asks again twice in a second; that is told once a minute.
+        is_bad = response.status >= _BAD and response.status != _UNREADY
+        level = _log.warning if is_bad else _log.debug
         level("broker.request", method=request.method, path=request.path, status=response.status)
     return response
 
@@ -268,6 +280,13 @@ def _uuid(value: object) -> UUID:
         return UUID(str(value))
     except ValueError as error:
         raise NotFound(f"No such environment: {str(value)[:64]}.") from error
+
+
+def _names(value: object) -> list[str]:
+    names = cast("list[object]", value) if isinstance(value, list) else [None]
+    if not all(isinstance(name, str) and name.isascii() for name in names):
+        raise Invalid("'names' must be a list of names.")
+    return cast("list[str]", names)
 
 
 def _integer(value: object, name: str) -> int:

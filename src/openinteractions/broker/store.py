@@ -64,9 +64,14 @@ on conflict do nothing
 returning id
 """
 
+# What it did to the environment's files is not in what was counted of them before.
 _END = """
-update executions set exit = $3::text::jsonb, output = $4, ended_at = now()
- where environment_id = $1 and id = $2 and exit is null
+with ended as (
+  update executions set exit = $3::text::jsonb, output = $4, ended_at = now()
+   where environment_id = $1 and id = $2 and exit is null
+  returning environment_id
+)
+update environments set changed_at = now() where id in (select environment_id from ended)
 """
 
 _UNFINISHED = """

@@ -353,6 +353,12 @@ environments = Table(
     Column("revision", Integer, nullable=False, server_default=text("1")),
     Column("file_count", BigInteger, nullable=False, server_default=text("0")),
     Column("size_bytes", BigInteger, nullable=False, server_default=text("0")),
+    # When its files were counted last, and when something may have changed them since.
+    _moment("counted_at", default=True),
+    _moment("changed_at"),
+    # Made for a run that may need one, asked for by nobody, and not used yet: it does not count
+    # towards the quota.
+    Column("is_tentative", Boolean, nullable=False, server_default=text("false")),
     _moment("created_at", default=True),
     _moment("updated_at", default=True),
     _moment("accessed_at", default=True),
@@ -366,6 +372,12 @@ environments = Table(
     Index(None, "expires_at", postgresql_where=text("expired_at is null")),
     # Serves: what a broker has.
     Index(None, "broker", postgresql_where=text("has_disk")),
+    # Serves: the early end of those that were never used.
+    Index(
+        None,
+        "accessed_at",
+        postgresql_where=text("is_tentative and expired_at is null and deleted_at is null"),
+    ),
 )
 
 executions = Table(

@@ -7,7 +7,7 @@ broker's restart, at the byte where its output broke off, and never started twic
 
 import contextlib
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias, cast
@@ -21,7 +21,16 @@ from openinteractions.errors import NotFound, Unready
 from openinteractions.sandbox import messages
 from openinteractions.sandbox.link import BROKEN, Away, Body, Link, Patience
 from openinteractions.sandbox.pipe import Omitted
-from openinteractions.sandbox.port import Command, Duplex, Entry, Exit, Json, Output, Owner
+from openinteractions.sandbox.port import (
+    Command,
+    Duplex,
+    Entry,
+    Exit,
+    Json,
+    Output,
+    Owner,
+    UploadState,
+)
 
 Entries: TypeAlias = list[Entry]
 Jsons: TypeAlias = list[Json]
@@ -112,7 +121,7 @@ class BrokerClient:
             Unready: The broker does not answer, or another broker has it.
         """
         body = {} if source is None else {"from": source.hex}
-        await self._link.json(address, "PUT", _path(env), body=orjson.dumps(body))
+        await self._link.json(address, "PUT", _path(env), body=orjson.dumps(body), is_slow=True)
 
     async def delete(self, address: str, env: UUID) -> None:
         """Stop it and remove its files; nothing happens where it is gone already."""
@@ -130,6 +139,16 @@ class BrokerClient:
         """How many files it has, and their bytes."""
         answer = await self._link.json(address, "GET", _path(env, "usage"))
         return answer["file_count"], answer["size_bytes"]
+
+    async def add_folders(self, address: str, env: UUID, names: Sequence[str]) -> None:
+        """Have folders at its top, beside the three. For a new one its sandbox is stopped.
+
+        Raises:
+            Invalid: There would be too many.
+            Unready: Its sandbox is in use.
+        """
+        body = orjson.dumps({"names": list(names)})
+        await self._link.json(address, "PUT", _path(env, "folders"), body=body)
 
     async def environments(self, address: str) -> Jsons:
         """What the broker has: `{id, state, idle_s, executions}` each."""
@@ -155,7 +174,8 @@ class BrokerClient:
         Raises:
             Displaced: A higher epoch has been seen.
             NotFound: No such environment.
-            Unready: No sandbox is to be had now; nothing was started, or it runs on.
+            NotBegun: No sandbox is to be had now; it was not started.
+            Unready: The broker does not answer; it was not started, or it runs on.
             SandboxError: The broker failed.
         """
         body = orjson.dumps(messages.command_body(command))
@@ -284,7 +304,12 @@ class BrokerClient:
         """
         query = _query(overwrite=overwrite, extract=extract, **_owned(owner))
         answer = await self._link.json(
-            address, "PUT", _file(env, path) + query, body=body, is_repeatable=False
+            address,
+            "PUT",
+            _file(env, path) + query,
+            body=body,
+            is_repeatable=False,
+            is_slow=extract,
         )
         return _entries(answer)
 
@@ -323,9 +348,18 @@ class BrokerClient:
         answer = await self._link.json(address, "PUT", path, body=body, is_repeatable=False)
         return answer["size"]
 
-    async def upload_size(self, address: str, env: UUID, upload_id: str) -> int:
-        """How many bytes an upload has."""
-        return (await self._link.json(address, "GET", _upload(env, upload_id)))["size"]
+    async def upload_state(self, address: str, env: UUID, upload_id: str) -> UploadState:
+        """How many bytes an upload has, or what it became.
+
+        Raises:
+            NotFound: It never began, or ended long ago.
+        """
+        answer = await self._link.json(address, "GET", _upload(env, upload_id))
+        return UploadState(
+            size_bytes=answer["size"],
+            is_over=answer["is_over"],
+            written=None if answer["files"] is None else _entries(answer),
+        )
 
     async def commit_upload(
         self,
@@ -337,15 +371,19 @@ class BrokerClient:
         overwrite: bool,
         extract: bool = False,
     ) -> Entries:
-        """Make an upload a file, or unpack it; what was written."""
+        """Make an upload a file, or unpack it; what was written, also where it was before."""
         query = _query(path=path, overwrite=overwrite, extract=extract)
         answer = await self._link.json(
-            address, "POST", _upload(env, upload_id) + "/commit" + query, is_repeatable=False
+            address,
+            "POST",
+            _upload(env, upload_id) + "/commit" + query,
+            is_repeatable=False,
+            is_slow=True,
         )
         return _entries(answer)
 
     async def drop_upload(self, address: str, env: UUID, upload_id: str) -> None:
-        """Forget an upload."""
+        """Throw an upload away, for good."""
         with contextlib.suppress(NotFound):
             await self._link.json(address, "DELETE", _upload(env, upload_id))
 

@@ -47,6 +47,7 @@ _T = TypeVar("_T")
 
 _ID = re.compile(r"[0-9a-f]{32}")
 _THREADS = 8
+_MAX_PID = 20
 _LOW_SHARE = 0.05
 _LOW_BYTES = 2**30
 _COUNT_S = 2.0
@@ -225,6 +226,10 @@ class Disks:
         """The environments that have a disk."""
         return await self._run(self._list)
 
+    async def mounted(self) -> Sequence[str]:
+        """The environments whose disk is mounted, also by a broker before."""
+        return await self._run(self._mounted)
+
     async def problems(self) -> Sequence[str]:
         """What the operator should know, each with its fix."""
         return await self._run(self._problems)
@@ -256,10 +261,15 @@ class Disks:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            owner = os.pread(handle, _MAX_PID, 0).decode("ascii", "replace").strip()
             os.close(handle)
             raise SetupError(
-                f"Another broker uses the folder {self._folder}: stop it, or set sandbox.data_dir."
+                f"Another broker{f' (pid {owner})' if owner else ''} uses the folder "
+                f"{self._folder}: stop it, with `kill -9` if it hangs. Only a broker of another "
+                "name needs a folder of its own (sandbox.broker, sandbox.data_dir)."
             ) from error
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, b"%d\n" % os.getpid(), 0)
         self._lock_file = handle
 
     def _decide(self) -> None:
@@ -304,6 +314,11 @@ class Disks:
 
     def _list(self) -> Sequence[str]:
         return sorted(entry.name for entry in self._home.iterdir() if _ID.fullmatch(entry.name))
+
+    def _mounted(self) -> Sequence[str]:
+        folders = [(env, self._home / env) for env in self._list()]
+        images = ((env, folder) for env, folder in folders if (folder / FILE).exists())
+        return [env for env, folder in images if self._images.is_open(folder)]
 
     def _of(self, folder: Path) -> _Kind:
         """An environment keeps the kind that it was made with."""

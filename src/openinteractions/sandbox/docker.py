@@ -45,7 +45,8 @@ _REMOVE_PAUSE_S = 0.05
 _BUFFER = 256 * 1024
 _MAX_STDERR = 16 * 1024
 _MAX_LINE = 1000
-_BAD, _NOT_FOUND, _CONFLICT = 400, 404, 409
+_BAD, _NOT_FOUND, _CONFLICT, _OURS = 400, 404, 409, 500
+_RETRY_S = 1.0
 _STREAMING = frozenset({101, 200})
 _STDERR = 2
 _FRAME_HEADER = 8
@@ -117,7 +118,8 @@ class DockerBackend:
         """Create and start a container; return its id.
 
         Raises:
-            BackendDown: The engine does not answer, or has no such image or runtime.
+            BackendDown: The engine does not answer, has trouble of its own, or has no such image or
+                runtime; nothing is left of it.
             SandboxError: It would not start; nothing is left of it.
         """
         status, body = await self._call(
@@ -511,6 +513,9 @@ def _accept(status: int, body: bytes, spec: SandboxSpec) -> None:
         raise BackendDown(
             f"The engine has no runtime '{spec.runtime}': install it, or change sandbox.runtime."
         )
+    if status >= _OURS:
+        # Such as while it starts anew: a little later it may do so.
+        raise BackendDown(f"The sandbox did not start: {said}", retry_after_s=_RETRY_S)
     raise SandboxError(f"The sandbox did not start: {said}")
 
 

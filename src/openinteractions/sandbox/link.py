@@ -22,7 +22,7 @@ from openinteractions.errors import (
     Unready,
 )
 from openinteractions.sandbox import messages
-from openinteractions.sandbox.port import Displaced, SandboxError
+from openinteractions.sandbox.port import Displaced, NotBegun, SandboxError
 
 Body: TypeAlias = bytes | AsyncIterable[bytes]
 
@@ -33,9 +33,10 @@ _UNIX: Final = "unix://"
 _PAUSE_S: Final = 0.2
 _MAX_PAUSE_S: Final = 2.0
 _CONNECT_S: Final = 5.0
-# The broker breaks a silence long before.
+# The broker breaks the silence of an open answer long before.
 _SILENCE_S: Final = 60.0
 _SLOW_S: Final = 900.0
+"""For what copies or unpacks."""
 _KINDS: Final[Mapping[int, type[RequestError]]] = {
     400: Invalid,
     404: NotFound,
@@ -44,6 +45,10 @@ _KINDS: Final[Mapping[int, type[RequestError]]] = {
     429: TooMany,
     503: Unready,
 }
+_CODES: Final[Mapping[str, type[RequestError]]] = {
+    kind.code: kind for kind in (Displaced, NotBegun)
+}
+"""What a status does not tell apart."""
 
 
 class Away(Unready):
@@ -99,15 +104,16 @@ class Link:
         path: str,
         *,
         body: Body | None = None,
-        silence_s: float = _SILENCE_S,
+        is_slow: bool = False,
     ) -> AsyncGenerator[aiohttp.ClientResponse]:
-        """One request.
+        """One request; a broker that says nothing for long after it does not answer.
 
         Raises:
             Away: The broker does not answer, or breaks off.
             AppError: It refuses.
         """
         session, base = self._session(address)
+        silence_s = _SLOW_S if is_slow else _SILENCE_S
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=silence_s)
         url = URL(base + path, encoded=True)
         try:
@@ -129,6 +135,7 @@ class Link:
         *,
         body: Body | None = None,
         is_repeatable: bool = True,
+        is_slow: bool = False,
     ) -> Any:  # noqa: ANN401 - JSON
         """A request with a JSON answer, sent again while the broker restarts, where that is safe.
 
@@ -143,7 +150,7 @@ class Link:
         while True:
             try:
                 async with self.answer(
-                    address, method, path, body=body, silence_s=_SLOW_S
+                    address, method, path, body=body, is_slow=is_slow
                 ) as response:
                     data = await read_all(response)
                     return orjson.loads(data) if data else {}
@@ -234,7 +241,7 @@ def _error(status: int, code: str, message: str, *, retry_after_s: float | None 
             "The sandbox broker does not accept this server's token: both need the same "
             "master key (OI_MASTER_KEY)."
         )
-    kind = Displaced if code == Displaced.code else _KINDS.get(status)
+    kind = _CODES.get(code) or _KINDS.get(status)
     if kind is None or code == SandboxError.code:
         return SandboxError(message)
     return kind(message, retry_after_s=retry_after_s)

@@ -379,6 +379,8 @@ def _exit(fields: Json) -> Exit:
         timed_out=fields.get("timed_out") is True,
         truncated=fields.get("truncated") is True,
         is_fresh_session=fields.get("is_fresh_session") is True,
+        has_ended_session=fields.get("has_ended_session") is True,
+        out_of_memory=fields.get("out_of_memory") is True,
         cpu_s=_amount(fields.get("cpu_s")),
         wall_s=_amount(fields.get("wall_s")),
         max_rss_bytes=_whole(fields.get("max_rss_bytes"), _MAX_COUNT) or 0,

@@ -3,7 +3,8 @@
 A warm sandbox is a started container with an open pipe and three empty folders. Claiming it mounts
 the environment's folders over them, which appears inside; that takes milliseconds, where a start
 takes a good part of a second. Without late mounts (they need root, on the engine's own machine)
-every sandbox is started with its folders.
+every sandbox is started with its folders; and so is always that of an environment which has further
+ones (`tops`), since a container's mount points are made at its start.
 
 Why two environments never share a container: a warm one is known to one process only, is taken out
 of its list before anything is mounted, and is given to no one else, whatever happens after. The
@@ -28,7 +29,7 @@ from typing import Generic, Protocol, Self, TypeVar
 import structlog
 
 from openinteractions.errors import AppError
-from openinteractions.sandbox import mounts
+from openinteractions.sandbox import mounts, tops
 from openinteractions.sandbox.port import (
     FOLDERS,
     MOUNTS,
@@ -228,7 +229,7 @@ class Pool(Generic[P]):
             raise SandboxError(f"The environment {env} has a sandbox already.")
         self._running[env] = ""
         try:
-            started = await self._claim(env, root) or await self._create(env, root)
+            started = await self._started(env, root)
         except BaseException:
             del self._running[env]
             raise
@@ -280,10 +281,17 @@ class Pool(Generic[P]):
             return Started(taken.ref, taken.pipe, is_warm=True)
         return None
 
-    async def _create(self, env: str, root: Path) -> Started[P]:
+    async def _started(self, env: str, root: Path) -> Started[P]:
+        further = await asyncio.to_thread(tops.further, root)
+        claimed = None if further else await self._claim(env, root)
+        return claimed or await self._create(env, root, further)
+
+    async def _create(self, env: str, root: Path, further: Sequence[str]) -> Started[P]:
         spec = self._make_spec(
             name=f"{self._name}-{env}",
-            mounts=[Mount(source=root / name, target=MOUNTS[name]) for name in FOLDERS],
+            mounts=[
+                Mount(source=root / name, target=tops.place(name)) for name in (*FOLDERS, *further)
+            ],
             labels={**self._labels, ENVIRONMENT_LABEL: env},
         )
         # A start that was given up in the middle may have left one.

@@ -16,7 +16,7 @@ from openinteractions.errors import Conflict, EngineError, NotFound, Unready
 Json: TypeAlias = dict[str, Any]
 
 FOLDERS = ("workspace", ".agents", "home")
-"""What an environment's tree has at its top, and nothing else."""
+"""What every environment's tree has at its top; see `tops` for what may lie beside them."""
 
 MOUNTS: Mapping[str, str] = {
     "workspace": "/workspace",
@@ -37,6 +37,12 @@ class SandboxError(EngineError):
 
 class BackendDown(Unready):
     """The container engine does not answer, or refuses to work; the message says what to do."""
+
+
+class NotBegun(Unready):
+    """No sandbox is to be had now: the command was not started, and was not before."""
+
+    code = "not_begun"
 
 
 class Gone(NotFound):
@@ -185,6 +191,8 @@ class Backend(Protocol):
 
 
 Outcome: TypeAlias = Literal["exited", "killed", "unknown"]
+StoppedFor: TypeAlias = Literal["deleted", "size", "other"]
+"""Its environment was deleted, or had become larger than it may be."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,6 +236,12 @@ class Exit:
     """Its output was longer than the bound; the middle is missing, and marked."""
     is_fresh_session: bool = False
     """The session had to be started for it: no variables of earlier calls."""
+    has_ended_session: bool = False
+    """The session ended with it: its variables are gone."""
+    out_of_memory: bool = False
+    """A process of the sandbox was seen to be killed meanwhile, for want of memory."""
+    stopped_for: StoppedFor | None = None
+    """Why its sandbox was stopped, which ended it."""
     cpu_s: float = 0.0
     wall_s: float = 0.0
     max_rss_bytes: int = 0
@@ -246,3 +260,16 @@ class Entry:
     created: float
     modified: float
     """Unix seconds."""
+    link: str | None = None
+    """Where it leads, as the link itself says it, if it is one: the rest is of what is there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UploadState:
+    """How far an upload in parts has come."""
+
+    size_bytes: int = 0
+    """What has arrived; nothing once it is over."""
+    is_over: bool = False
+    written: Sequence[Entry] | None = None
+    """What it became; None where it was thrown away, or is not over."""

@@ -15,7 +15,7 @@ from yarl import URL
 from openinteractions.broker.errors import rendered
 from openinteractions.broker.files import add_file_routes
 from openinteractions.errors import NotFound
-from openinteractions.resources.environments.store import set_disk
+from openinteractions.resources.environments.store import set_changed, set_disk
 from openinteractions.sandbox.disk import Disks
 from openinteractions.sandbox.files.tree import Tree
 from openinteractions.sandbox.port import Owner
@@ -123,6 +123,11 @@ def _app(stand: Stand) -> web.Application:
         await set_disk(stand.server.database, UUID(name), has_disk=True)
         return web.json_response({})
 
+    async def add_folders(request: web.Request) -> web.Response:
+        async with open_tree(request.match_info["env"]) as tree:
+            await tree.add_tops((await request.json())["names"])
+        return web.json_response({})
+
     async def delete(request: web.Request) -> web.Response:
         await disks.delete(request.match_info["env"])
         return web.json_response({})
@@ -138,8 +143,14 @@ def _app(stand: Stand) -> web.Application:
         raise AssertionError(f"no run writes here, but {owner} did")
 
     app.router.add_put(env, ensure)
+    app.router.add_put(env + "/folders", add_folders)
     app.router.add_delete(env, delete)
     app.router.add_get(env + "/usage", usage)
     app.router.add_post(env + "/refresh", refresh)
-    add_file_routes(app.router, open_tree, nobody)
+    add_file_routes(
+        app.router,
+        open_tree,
+        nobody,
+        lambda name: set_changed(stand.server.database, UUID(name)),
+    )
     return app

@@ -1,6 +1,7 @@
 """Environments over HTTP, as far as no broker is needed: shapes, validation, scoping, life."""
 
 import base64
+import re
 from collections.abc import AsyncGenerator
 from datetime import timedelta
 from typing import Any
@@ -257,6 +258,30 @@ async def test_targets_lie_in_one_of_the_three_folders(server: Server, kind: str
     assert "sources[0]" in message
     if target in {"/", "etc/x", "/etc/x", "."}:
         assert all(f"'{name}'" in message for name in ("workspace", ".agents", "home"))
+    if target in {"etc/x", "/etc/x"}:
+        assert "such as '/workspace/x': '/etc' is the sandbox's own" in message
+
+
+@pytest.mark.parametrize(
+    ("targets", "words"),
+    [
+        (["/x.csv"], "use '/workspace/x.csv' instead of 'x.csv'"),
+        (["/tmp/d/x"], "'/workspace/d/x'"),
+        (["lost+found/x"], "'/lost+found' is the sandbox's own"),
+        (["a b/x"], "at most 100 letters"),
+        (["AGENTS.md", "/.agents/AGENTS.md"], "give one of the two"),
+        ([f"d{number}/x" for number in range(17)], "at most 16 folders beside"),
+    ],
+)
+def test_a_target_at_the_top_that_cannot_be_names_another(targets: list[str], words: str):
+    given = [{**INLINE, "target": target} for target in targets]
+    with pytest.raises(Invalid, match=re.escape(words)):
+        sources.checked(given, skills_dir=None)
+    # What Google's examples have.
+    for good in ("/backend-app", "data/x.csv", "/AGENTS.md", "./.agent/skills/a/SKILL.md"):
+        kind = {"type": "repository", "source": "https://x.com/r"} if "." not in good else INLINE
+        kind = {key: value for key, value in kind.items() if key != "target"}
+        sources.checked([{**kind, "target": good}], skills_dir=None)
 
 
 @pytest.mark.parametrize(
@@ -386,6 +411,7 @@ async def test_an_existing_one_gets_the_new_network_and_more_variables(server: S
 
 
 async def test_a_change_that_fails_is_taken_back(server: Server):
+    await broker(server, "dead", seen_s=20)
     environments, mine = server.process.environments, await project(server)
     found = await environments.resolve(mine, {"type": "remote", "network": TRANSFORM})
     before = await secret_of(server, found.hex)
@@ -418,6 +444,7 @@ async def test_ids_that_are_unknown_or_expired_are_not_found(server: Server):
 
 
 async def test_without_a_broker_the_answer_says_what_to_do(server: Server):
+    await broker(server, "dead", seen_s=20)
     message = await refused(server, "POST", "environments", {"sources": [INLINE]}, status=503)
     assert "Docker" in message
     assert "openinteractions doctor" in message
@@ -594,18 +621,18 @@ async def test_a_project_has_so_many_environments_at_most(database_url):
         await keys.ensure(server.database, OTHER, name="other", project="other")
         first, second, _ = [await made(server) for _ in range(3)]
         for body in ({}, {"from_environment": first["id"]}):
-            message = await refused(server, "POST", "environments", body, status=429)
+            message = await refused(server, "POST", "environments", body)
             assert "has 3 environments" in message
             assert "sandbox.max_environments" in message
         await made(server, key=OTHER)
         # Neither a deleted nor an expired one counts.
         assert (await server.call("DELETE", f"environments/{first['id']}"))[0] == 200
         await made(server)
-        await refused(server, "POST", "environments", status=429, body={})
+        await refused(server, "POST", "environments", body={})
         async with server.database.hot() as connection:
             await connection.execute(
                 "update environments set expires_at = now() - interval '1 s' where id = $1",
                 parse_environment_id(second["id"]),
             )
         await made(server)
-        await refused(server, "POST", "environments", status=429, body={})
+        await refused(server, "POST", "environments", body={})

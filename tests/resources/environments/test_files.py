@@ -12,6 +12,8 @@ from urllib.parse import quote
 
 import orjson
 import pytest
+from tests import house
+from tests.broker.test_life import eventually
 from tests.house import KEY
 from tests.resources.environments.stand import Stand, standing
 
@@ -162,6 +164,18 @@ async def test_any_name_goes_there_and_back(stand: Stand, name: str, path: str):
     assert await stand.paths(name) == [f"workspace/{path}"]
     assert await stand.read(name, f"workspace/{quote(path)}") == path.encode()
     assert await stand.read(f"environments/{name}", f"workspace/{quote(path, safe='')}")
+
+
+async def test_names_that_are_no_text_are_refused(stand: Stand, name: str):
+    """They would be taken for another file's: all such bytes become the same character."""
+    await stand.put(name, "workspace/%EF%BF%BD", b"mine")
+    for start in ("/upload/v1beta", "/v1beta"):
+        method = "PUT" if "upload" in start else "GET"
+        url = f"{start}/environments/{name}/files/workspace/%ff"
+        for query in ("?overwrite=true", "?uploadType=resumable", "?alt=media"):
+            status, message = await error(stand, method, url + query)
+            assert (status, "UTF-8" in message) == (400, True)
+    assert await stand.read(name, "workspace/%EF%BF%BD") == b"mine"
 
 
 # ---- downloads
@@ -338,6 +352,20 @@ async def test_a_client_that_stops_sending_leaves_nothing(stand: Stand, name: st
     assert await stand.paths(name) == []
 
 
+async def test_what_nobody_waits_for_is_not_unpacked(stand: Stand, name: str):
+    """An archive may take minutes: its client's end is its end, and nothing of it is left."""
+    many = archive(**{f"{number}": b"" for number in range(50_000)})
+    url = f"/upload/v1/environments/{name}/files/workspace?extract=true"
+    sending = asyncio.ensure_future(stand.call("PUT", url, many))
+    staging = stand.folder / "environments" / name / "fs" / "staging"
+    await eventually(
+        lambda: any(path.is_dir() and any(path.iterdir()) for path in staging.glob("*"))
+    )
+    sending.cancel()
+    await eventually(lambda: not any(staging.iterdir()))
+    assert await stand.paths(name) == []
+
+
 async def test_the_limit_of_json_bodies_is_not_that_of_files(stand: Stand, name: str):
     await stand.put(name, "workspace/a", pieces(*[b"x" * 50_000] * 4))
     assert len(await stand.read(name, "workspace/a")) == 200_000
@@ -478,9 +506,66 @@ async def test_flags_are_those_of_the_start(stand: Stand, name: str):
 async def test_an_upload_can_be_cancelled(stand: Stand, name: str):
     upload = await begun(stand, name, 6)
     await upload.send("upload", 0, b"abc")
-    assert (await upload.send("cancel", None, b""))[:2] == (200, "cancelled")
-    assert (await upload.send("upload, finalize", 3, b"def"))[0] == 400
+    for command in ("cancel", "cancel", "query"):
+        assert (await upload.send(command, None, b""))[:2] == (200, "cancelled")
+    # Also with all of it again.
+    for offset, data in ((3, b"def"), (0, b"abcdef")):
+        assert (await upload.send("upload, finalize", offset, data))[:2] == (400, "final")
     assert await stand.paths(name) == []
+
+
+async def test_any_process_says_again_what_an_upload_became(
+    stand: Stand, name: str, database_url: str
+):
+    """Its URL goes to whatever replica: nothing of it is one process's memory."""
+    upload = await begun(stand, name, 6)
+    assert (await upload.send("upload", 0, b"abc"))[0] == 200
+    first = await upload.send("upload, finalize", 3, b"def")
+    assert first[:2] == (200, "final")
+    assert await stand.read(name, "workspace/a") == b"abcdef"
+    async with house.opened(database_url, None, role="api") as other:
+        there = Goog(Stand(other, stand.disks, stand.folder), upload.url, 6)
+        there.where = upload.where
+        for command, offset, data in (
+            ("upload, finalize", 3, b"def"),
+            ("upload, finalize", 0, b"abcdef"),
+            ("query", None, b""),
+            ("cancel", None, b""),
+        ):
+            assert await there.send(command, offset, data) == first
+    assert await stand.paths(name) == ["workspace/a"]
+
+
+async def test_a_long_answer_is_given_again_too(stand: Stand, name: str):
+    data = archive(**{f"{number:03}" + "x" * 90: b"" for number in range(300)})
+    upload = await begun(stand, name, len(data), path="workspace/in", query="?extract=true")
+    first = await upload.send("upload, finalize", 0, data)
+    assert (first[:2], len(first[2]["files"])) == ((200, "final"), 300)
+    assert await upload.send("upload, finalize", 0, data) == first
+
+
+async def test_what_has_no_bytes_is_an_empty_file(stand: Stand, name: str):
+    upload = await begun(stand, name, None, path="workspace/1")
+    assert (await upload.send("finalize", None, b""))[:2] == (200, "final")
+    where = await ranged(stand, name, {"X-Upload-Content-Length": "0"})
+    headers = {"Content-Range": "bytes */0"}
+    status, body, _ = await stand.call("PUT", where, b"", headers=headers, key=None)
+    assert status == 200, body
+    for path in ("1", "a"):
+        assert await stand.read(name, f"workspace/{path}") == b""
+
+
+async def test_a_line_feed_is_of_the_name(stand: Stand, name: str):
+    await stand.put(name, "workspace/d.txt", b"old")
+    url = f"/v1beta/environments/{name}/files/workspace/d.txt%0A?alt=media"
+    assert (await stand.call("GET", url))[0] == 404
+    for path in ("d.txt%0A", "new%0Aline"):
+        await stand.put(name, f"workspace/{path}", b"new", "?overwrite=true")
+        assert await stand.read(name, f"workspace/{path}") == b"new"
+    assert await stand.read(name, "workspace/d.txt") == b"old"
+    assert await stand.paths(name) == [
+        "workspace/d.txt", "workspace/d.txt\n", "workspace/new\nline",
+    ]  # fmt: skip
 
 
 async def test_an_upload_ends_with_its_environment(stand: Stand, name: str):
@@ -588,33 +673,3 @@ def test_links_that_lead_nowhere_are_told_apart():
 
 def test_a_bad_range_is_a_request_error():
     assert issubclass(OutOfRange, Invalid)
-
-
-def test_answers_are_remembered_within_bounds(monkeypatch):
-    monkeypatch.setattr(uploads, "_MAX_KEPT_BYTES", 1000)
-    kept = uploads.Uploads(None, None)  # pyright: ignore[reportArgumentType]
-
-    def upload(number: int) -> uploads.Upload:
-        return uploads.Upload(
-            id=str(number),
-            project_id="",
-            environment="",
-            path="",
-            overwrite=False,
-            extract=False,
-            total=None,
-            ends=0,
-        )
-
-    kept._keep(upload(0), bytes(64 * 1024 + 1))
-    assert kept.ended(upload(0)) is None
-    for number in range(1, 6):
-        for _ in range(2):
-            kept._keep(upload(number), bytes(300))
-    assert [kept.ended(upload(number)) is not None for number in range(1, 6)] == [
-        False,
-        False,
-        True,
-        True,
-        True,
-    ]

@@ -77,6 +77,60 @@ async def test_inline_files_lie_where_they_were_asked_for(stand: Stand):
     assert await stand.read(name, "home/deep/bin") == bytes(range(256))
 
 
+async def test_sources_may_lie_beside_the_three_folders(stand: Stand, storage: FakeStorage):
+    storage.objects |= {("data", "one.csv"): b"1", ("data", "dir/a"): b"A"}
+    given = [
+        inline("x", "data/x.csv"),
+        inline("# Rules", "/AGENTS.md"),
+        inline("s", "/.agent/skills/a/SKILL.md"),
+        {"type": "gcs", "source": "gs://data/one.csv", "target": "/data/one.csv"},
+        {"type": "gcs", "source": "gs://data/dir", "target": "/bucket"},
+        {"type": "skill_registry", "source": "pdf", "target": "/pdf"},
+    ]
+    name = await stand.made({"sources": given})
+    assert await stand.paths(name) == [
+        ".agent/skills/a/SKILL.md", ".agents/AGENTS.md", "bucket/a", "data/one.csv", "data/x.csv",
+        "pdf/SKILL.md", "pdf/scripts/run.sh",
+    ]  # fmt: skip
+    # All at once, before any source.
+    assert [one for one in stand.asked if "/folders" in one] == [
+        f"PUT /v1/environments/{name}/folders"
+    ]
+    assert "/folders" in stand.asked[stand.asked.index(f"PUT /v1/environments/{name}") + 1]
+    status, answer = await stand.server.call("GET", f"environments/{name}")
+    assert (status, answer["file_count"]) == (200, "7")
+    assert [one["target"] for one in answer["sources"]][:2] == ["data/x.csv", "/AGENTS.md"]
+    await stand.put(name, "data/new.txt", b"new")
+    assert await stand.read(name, "data/new.txt") == b"new"
+    fork = await stand.made({"from_environment": f"environments/{name}"})
+    assert await stand.read(fork, "data/new.txt") == b"new"
+    assert (await stand.server.call("DELETE", f"environments/{fork}/files/data/new.txt"))[0] == 405
+
+
+async def test_only_sources_make_a_folder_beside_the_three(stand: Stand):
+    name = await stand.made({"sources": [inline("x", "data/x")]})
+    url = f"/upload/v1beta/environments/{name}/files/"
+    for path, words in (
+        ("other/x", "no folder 'other' at its top, and only its sources make one"),
+        ("x.csv", "use '/workspace/x.csv'"),
+        ("data", "use '/workspace/data'"),
+        ("etc/x", "the sandbox's own"),
+    ):
+        status, body, _ = await stand.call("PUT", f"{url}{path}", b"x")
+        assert (status, words in body.decode()) == (400, True), body
+    status, body, _ = await stand.call("GET", f"/v1beta/environments/{name}/files/other/x")
+    assert (status, b"Path 'other/x' not found" in body) == (404, True)
+
+
+async def test_an_object_is_no_folder_at_the_top(stand: Stand, storage: FakeStorage):
+    storage.objects |= {("data", "one.csv"): b"1"}
+    message = await refused(
+        stand, {"type": "gcs", "source": "gs://data/one.csv", "target": "/one.csv"}
+    )
+    assert message.startswith("Cannot set up 'sources[0]':")
+    assert "use '/workspace/one.csv'" in message
+
+
 async def test_a_source_that_cannot_be_put_there_leaves_nothing(stand: Stand):
     message = await refused(
         stand, inline("x", "workspace/a"), inline("y", "workspace/a/b"), inline("z", "workspace/z")
@@ -269,6 +323,19 @@ def test_a_secret_in_a_repositorys_url_is_refused():
     sources.checked([{**source, "source": "https://x.com/o/r"}], skills_dir=None)
 
 
+def test_a_clones_reason_is_kept_whatever_stands_before_it():
+    url = "https://me:hush@example.com/" + "folder/" * 60
+    why = "CONNECT tunnel failed, response 403"
+    told = _last_line(f"Cloning …\nfatal: unable to access '{url}': {why}\n".encode())
+    assert told.startswith("…")
+    assert told.endswith(f"': {why}")
+    assert "hush" not in told
+    assert len(told) < 400
+    near = f"fatal: unable to access 'https://h.example/{'a' * 60}/': {why}"
+    assert _last_line(near.encode()) == near
+    assert _last_line(b"a\x1b[2Jb") == "a\ufffd[2Jb"
+
+
 async def test_what_a_clone_says_is_bounded(monkeypatch):
     said: list[int] = []
 
@@ -290,5 +357,78 @@ async def test_what_a_clone_says_is_bounded(monkeypatch):
     monkeypatch.setattr(sources, "_last_line", last_line)
     fresh = Sources(Client(), None, gcs_url="")
     with pytest.raises(Invalid, match="git clone failed: fatal: no"):
-        await fresh._clone("", uuid4(), Repository("workspace/a", "https://h.example/r"))
+        await fresh.put("", uuid4(), [Repository("workspace/a", "https://h.example/r")])
     assert said == [65_536]
+
+
+# ---- nothing is laid before all was fetched
+
+
+async def test_a_change_that_cannot_be_fetched_replaces_nothing(stand: Stand):
+    environments, project = stand.server.process.environments, await mine(stand)
+    name = await stand.made({"sources": [inline("old", "workspace/data.csv")]})
+    sources_given: list[dict[str, str]] = [
+        inline("new", "workspace/data.csv"),
+        {"type": "skill_registry", "source": "pdf", "target": ".agents/skills/pdf"},
+        {"type": "gcs", "source": "gs://data/absent", "target": "workspace/x"},
+    ]
+    change = {"type": "remote", "environment_id": name, "sources": sources_given}
+    with pytest.raises(Invalid, match=r"sources\[2\]") as refusal:
+        await environments.resolve(project, change)
+    assert "laid" not in refusal.value.message
+    assert await stand.read(name, "workspace/data.csv") == b"old"
+    assert await stand.paths(name) == ["workspace/data.csv"]
+    # What was fetched for it is not kept either.
+    (taken,) = {
+        one.rpartition("/")[2] for one in stand.asked if "PUT" in one and "/uploads/" in one
+    }
+    assert f"DELETE /v1/environments/{name}/uploads/{taken}" in stand.asked
+
+
+async def test_what_was_laid_before_another_could_not_be_is_named(
+    stand: Stand, storage: FakeStorage
+):
+    environments, project = stand.server.process.environments, await mine(stand)
+    storage.objects |= {("data", "dir/a"): b"A", ("data", "dir/empty"): b""}
+    name = await stand.made({"sources": [inline("old", "workspace/data.csv")]})
+    change = {
+        "type": "remote",
+        "environment_id": name,
+        "sources": [
+            inline("new", "workspace/data.csv"),
+            {"type": "gcs", "source": "gs://data/dir", "target": "workspace/dir"},
+            inline("x", "workspace/data.csv/x"),
+        ],
+    }
+    with pytest.raises(Invalid, match=r"sources\[2\]") as refusal:
+        await environments.resolve(project, change)
+    said = "Already laid, and left: 'workspace/data.csv', 'workspace/dir/a', 'workspace/dir/empty'."
+    assert refusal.value.message.endswith(said)
+    assert await stand.read(name, "workspace/data.csv") == b"new"
+    assert await stand.read(name, "workspace/dir/empty") == b""
+
+
+# ---- how many there are
+
+
+async def test_counts_are_right_as_soon_as_files_change(stand: Stand):
+    name = await stand.made({"sources": [inline("one", "workspace/a")]})
+    other = await stand.made()
+
+    async def shown() -> list[tuple[str, str]]:
+        _, one = await stand.server.call("GET", f"environments/{name}")
+        _, all_ = await stand.server.call("GET", "environments")
+        (listed,) = [row for row in all_["environments"] if row["id"] == name]
+        return [(row["file_count"], row["size_bytes"]) for row in (listed, one)]
+
+    assert await shown() == [("1", "3")] * 2
+    await stand.put(name, "workspace/b", b"2")
+    assert await shown() == [("2", "4")] * 2
+    await stand.put(name, "workspace/b", b"22", "?overwrite=true")
+    _, listed = await stand.server.call("GET", "environments")
+    assert [row["size_bytes"] for row in listed["environments"] if row["id"] == name] == ["5"]
+    # Where nothing has changed nobody is asked.
+    stand.asked.clear()
+    await stand.server.call("GET", "environments")
+    await stand.server.call("GET", f"environments/{other}")
+    assert stand.asked == []

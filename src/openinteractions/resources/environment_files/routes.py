@@ -6,12 +6,13 @@ Uploads speak three protocols: the body at once; `X-Goog-Upload-…` headers, as
 
 import re
 from typing import Annotated, Any, Final
+from urllib.parse import unquote_to_bytes
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from openinteractions.api import body, errors, names, scope
+from openinteractions.api import body, errors, names, presence, scope
 from openinteractions.api.body import Pieces
 from openinteractions.api.docs import ERRORS, ErrorBody, json_response
 from openinteractions.api.pages import PageDep
@@ -21,6 +22,7 @@ from openinteractions.resources.environment_files import service
 from openinteractions.resources.environment_files.service import Content, OutOfRange
 from openinteractions.resources.environment_files.uploads import (
     MAX_BYTES,
+    Progress,
     Upload,
     Uploads,
     Wish,
@@ -118,6 +120,7 @@ async def get_environment_file(  # noqa: PLR0913 - one for each query field
     Paths are from the environment's root: `workspace/src/main.py`. A file may be asked for in
     parts (`Range`).
     """
+    _require_text(request)
     here = _environments(request)
     place = await service.spot(here, caller.project_id, environment_id, path)
     if alt == "media":
@@ -193,6 +196,7 @@ async def upload_environment_file(  # noqa: PLR0913 - one for each query field
     if upload_id is not None:
         return await _piece(request, upload_id)
     caller = await scope.caller(request)
+    _require_text(request)
     here = _uploads(request)
     wish = Wish(
         path=path, overwrite=_flag("overwrite", overwrite), extract=_flag("extract", extract)
@@ -200,8 +204,10 @@ async def upload_environment_file(  # noqa: PLR0913 - one for each query field
     command = request.headers.get(_COMMAND)
     if command is None and not upload_type:
         incoming = _incoming(request, MAX_BYTES)
-        written = await here.write(caller.project_id, environment_id, wish, incoming)
-        return _json(written)
+        writing = here.write(caller.project_id, environment_id, wish, incoming)
+        if wish.extract:
+            writing = presence.unless_gone(request, incoming, writing)
+        return _json(await writing)
     goog = command is not None
     if goog and _words(command) != {"start"}:
         raise Invalid("The first 'X-Goog-Upload-Command' of an upload must be 'start'.")
@@ -245,17 +251,17 @@ async def _goog_piece(request: Request, token: str) -> Response:
     words = _words(request.headers.get(_COMMAND, ""))
     if not words or not words <= _WORDS - {"start"}:
         raise Invalid("Expected an 'X-Goog-Upload-Command': upload, finalize, query or cancel.")
-    ended = here.ended(upload)
-    if ended is not None:
-        return _json(ended, {_STATUS: "final"})
-    if "cancel" in words:
+    progress = await here.progress(upload)
+    if progress.answer is not None:
+        return _json(progress.answer, {_STATUS: "final"})
+    if "cancel" in words or (progress.is_cancelled and "query" in words):
         await here.drop(upload)
         return _json(b"{}", {_STATUS: "cancelled"})
+    _check_wanted(progress)
     is_last = "finalize" in words
+    size = progress.size
     if "upload" in words:
         size = await _take_goog(request, here, upload, is_last=is_last)
-    else:
-        size = await here.size(upload)
     if is_last:
         return _json(await here.finish(upload, size), {_STATUS: "final"})
     # SDKs do not read this body: with one, each piece would cost them a connection.
@@ -275,9 +281,10 @@ async def _ranged_piece(request: Request, token: str) -> Response:
     """A piece with `Content-Range`; without, it is all of the upload."""
     here = _uploads(request)
     upload = here.find(token)
-    ended = here.ended(upload)
-    if ended is not None:
-        return _json(ended)
+    progress = await here.progress(upload)
+    if progress.answer is not None:
+        return _json(progress.answer)
+    _check_wanted(progress)
     header = request.headers.get("content-range")
     if header is None:
         size = await here.append(upload, 0, _incoming(request, _left(upload, 0)))
@@ -289,7 +296,7 @@ async def _ranged_piece(request: Request, token: str) -> Response:
     if None not in {total, upload.total} and total != upload.total:
         raise Invalid("The total in 'Content-Range' is not what was announced.")
     if first is None or last is None:
-        size = await here.size(upload)
+        size = progress.size
     else:
         if first == 0 and total is not None and last + 1 < total:
             await here.check_free(upload)
@@ -298,6 +305,11 @@ async def _ranged_piece(request: Request, token: str) -> Response:
     if whole is None or size < whole:
         return _incomplete(size)
     return _json(await here.finish(upload, size))
+
+
+def _check_wanted(progress: Progress) -> None:
+    if progress.is_cancelled:
+        raise Invalid("The upload was cancelled: begin it again.")
 
 
 def _exactly(request: Request, upload: Upload, first: int, last: int) -> Pieces:
@@ -355,6 +367,14 @@ def _base_url(request: Request) -> str:
 def _raw_path(request: Request) -> str:
     raw: bytes = request.scope["raw_path"]
     return raw.partition(b"?")[0].decode("ascii")
+
+
+def _require_text(request: Request) -> None:
+    """Refuse a path whose bytes are no text: it has arrived here as the name of another file."""
+    try:
+        unquote_to_bytes(_raw_path(request)).decode()
+    except UnicodeDecodeError:
+        raise Invalid("The path is not UTF-8: give the name's UTF-8 bytes.") from None
 
 
 def _json(content: bytes, headers: dict[str, str] | None = None) -> Response:

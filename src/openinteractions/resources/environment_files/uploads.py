@@ -1,14 +1,13 @@
 """Uploads: in one request, or resumable in several.
 
 A resumable upload has no row: its URL carries all there is to know of it, sealed, and its broker
-has the bytes that came so far. So any api process takes the next piece, and whoever has the URL
-may send it.
+has the bytes that came so far, and in the end what became of them. So any api process takes the
+next piece, or the last one again, and whoever has the URL may send it.
 """
 
 import base64
 import binascii
 import time
-from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from typing import Final
 from uuid import UUID, uuid4
@@ -23,18 +22,12 @@ from openinteractions.resources.environments.service import Environments
 from openinteractions.resources.environments.sources import faults_shown
 from openinteractions.sandbox.client import BrokerClient
 from openinteractions.sandbox.files import paths
-from openinteractions.sandbox.port import Entry
 from openinteractions.wire.environments import environment_id
 
 MAX_BYTES: Final = 2 * 2**30
 """Of one upload."""
 _VALID_S: Final = 24 * 3600
 _PURPOSE: Final = "environment-upload"
-_MOST_KEPT: Final = 1000
-_MAX_KEPT_BYTES: Final = 16 * 2**20
-"""Of all answers that are kept."""
-_MAX_ANSWER_BYTES: Final = 64 * 1024
-"""Of one that is kept: a longer one is that of an archive of many files."""
 _MAX_TOKEN: Final = 16 * 1024
 
 
@@ -64,6 +57,17 @@ class Upload:
     """Unix seconds."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a resumable upload has come."""
+
+    size: int = 0
+    """How many bytes have come so far."""
+    answer: bytes | None = None
+    """What it gave when it ended."""
+    is_cancelled: bool = False
+
+
 class Uploads:
     """Takes bytes for the files of environments."""
 
@@ -76,9 +80,6 @@ class Uploads:
         """
         self._environments = environments
         self._sealer = sealer
-        self._ended: OrderedDict[str, bytes] = OrderedDict()
-        """What the last uploads of this process gave, for clients that lost the answer."""
-        self._ended_bytes = 0
 
     @property
     def _client(self) -> BrokerClient:
@@ -101,7 +102,7 @@ class Uploads:
                     address, key, path, body, overwrite=wish.overwrite, extract=wish.extract
                 )
             )
-        return self._written(key, written)
+        return files(written)
 
     async def start(
         self, project_id: UUID, environment: str, wish: Wish, *, total: int | None
@@ -145,9 +146,22 @@ class Uploads:
             raise NotFound("The upload has expired: begin it again.")
         return upload
 
-    def ended(self, upload: Upload) -> bytes | None:
-        """What it gave when it ended, if that was lately, here, and not too long to be kept."""
-        return self._ended.get(upload.id)
+    async def progress(self, upload: Upload) -> Progress:
+        """How far it has come; over, it says the same again to a client that lost the answer.
+
+        Raises:
+            NotFound: The environment is gone.
+        """
+        key, address = await self._open(upload)
+        with faults_shown():
+            try:
+                state = await self._client.upload_state(address, key, upload.id)
+            except NotFound:
+                return Progress()
+        answer = None if state.written is None else files(list(state.written))
+        return Progress(
+            size=state.size_bytes, answer=answer, is_cancelled=state.is_over and answer is None
+        )
 
     async def append(self, upload: Upload, offset: int, body: Pieces) -> int:
         """Take the bytes from an offset on; how many there are then.
@@ -166,15 +180,6 @@ class Uploads:
             except NotFound as error:
                 # It has not begun yet, or has ended: the bytes before these are not there.
                 raise Invalid(error.message) from error
-
-    async def size(self, upload: Upload) -> int:
-        """How many bytes have come so far."""
-        key, address = await self._open(upload)
-        with faults_shown():
-            try:
-                return await self._client.upload_size(address, key, upload.id)
-            except NotFound:
-                return 0
 
     async def check_free(self, upload: Upload) -> None:
         """Refuse early what would be refused after all bytes have come.
@@ -208,6 +213,9 @@ class Uploads:
             )
         key, address = await self._open(upload)
         with faults_shown():
+            if size == 0:
+                # What has no bytes has no piece with which it would have begun.
+                await self._client.append_upload(address, key, upload.id, 0, b"")
             written = await self._client.commit_upload(
                 address,
                 key,
@@ -216,32 +224,16 @@ class Uploads:
                 overwrite=upload.overwrite,
                 extract=upload.extract,
             )
-        answer = self._written(key, written)
-        self._keep(upload, answer)
-        return answer
-
-    def _keep(self, upload: Upload, answer: bytes) -> None:
-        """Remember an answer, and forget the oldest ones."""
-        if len(answer) > _MAX_ANSWER_BYTES:
-            return
-        self._ended_bytes += len(answer) - len(self._ended.get(upload.id, b""))
-        self._ended[upload.id] = answer
-        while len(self._ended) > _MOST_KEPT or self._ended_bytes > _MAX_KEPT_BYTES:
-            _, oldest = self._ended.popitem(last=False)
-            self._ended_bytes -= len(oldest)
+        return files(written)
 
     async def drop(self, upload: Upload) -> None:
-        """Forget an upload."""
+        """Throw an upload away, for good."""
         key, address = await self._open(upload)
         with faults_shown():
             await self._client.drop_upload(address, key, upload.id)
 
     async def _open(self, upload: Upload) -> tuple[UUID, str]:
         return await self._environments.open(UUID(upload.project_id), upload.environment)
-
-    def _written(self, key: UUID, entries: list[Entry]) -> bytes:
-        self._environments.files_changed(key)
-        return files(entries)
 
 
 def _path(wish: Wish) -> str:

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -19,13 +18,14 @@ from openinteractions.api.pages import Page
 from openinteractions.crypto import Sealer
 from openinteractions.db.engine import Database
 from openinteractions.db.sealed import environment_purpose
-from openinteractions.errors import AppError, Invalid, NotFound, TooMany, Unready
+from openinteractions.errors import AppError, Invalid, NotFound, QuotaReached, Unready
 from openinteractions.netguard import Fetcher
 from openinteractions.resources.credentials import store as credentials
-from openinteractions.resources.environments import sources, store
+from openinteractions.resources.environments import brokers, sources, store
 from openinteractions.resources.environments.schemas import Configuration
 from openinteractions.resources.environments.sources import Source, Sources, faults_shown
 from openinteractions.resources.environments.store import Environment, NewEnvironment, Place
+from openinteractions.resources.environments.usage import Counts
 from openinteractions.sandbox.client import BrokerClient
 from openinteractions.sandbox.egress.policy import Reach, check_network
 from openinteractions.wire.environment import named_in, variables
@@ -40,16 +40,9 @@ _VARIABLE: Final = "environment_variable"
 _BATCH: Final = 100
 _KEEP_ROWS: Final = timedelta(days=30)
 """So long the id of an environment that expired still says so."""
-_COUNT_EVERY_S: Final = 5.0
-_COUNT_PATIENCE_S: Final = 2.0
-_MOST_COUNTED: Final = 10_000
+_KEEP_UNUSED: Final = timedelta(hours=1)
+"""So long one stays that nobody has asked for and nobody has used."""
 _TRIES: Final = 5
-_TOO_MANY_RETRY_S: Final = 60.0
-_NO_BROKER: Final = (
-    "No sandbox broker is running. One that has just been started takes some seconds; else its "
-    "operator has to install and start Docker, then restart the server: `openinteractions doctor` "
-    "says what is missing."
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +57,9 @@ class Rules:
     skills_dir: Path | None = None
     gcs_url: str = "https://storage.googleapis.com"
     max_environments: int = 1000
-    """Of one project; those that expired or were deleted do not count."""
+    """Of one project; those that expired, were deleted or were never used do not count."""
+    is_off: bool = False
+    """`serve` runs no broker here; one may run elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +100,7 @@ class Environments:
         self._sealer = sealer
         self._rules = rules
         self._sources = Sources(client, fetcher, gcs_url=rules.gcs_url)
-        self._counted: dict[UUID, float] = {}
+        self._counts = Counts(database, client)
 
     # For the routes.
 
@@ -115,12 +110,12 @@ class Environments:
         Raises:
             Invalid: Something in it is wrong; nothing is left behind.
             NotFound: There is nothing to copy.
-            TooMany: The project has as many as it may.
+            QuotaReached: The project has as many as it may.
             Unready: No broker can take its sources.
         """
         if "from_environment" not in body:
             row = await self._make(project_id, await self._checked(project_id, body))
-            return await self._counted_anew(row) if row.has_disk else row
+            return await self._counts.of(row) if row.has_disk else row
         for name in ("sources", "env"):
             if body.get(name):
                 raise Invalid(f"'{name}' does not go with 'from_environment': it must be empty.")
@@ -128,7 +123,7 @@ class Environments:
         change = await self._checked(project_id, body)
         if parent.has_disk:
             # The same files: counting those of the copy would have to mount it.
-            parent = await self._counted_anew(parent)
+            parent = await self._counts.of(parent)
         return await self._make(project_id, change, parent)
 
     async def get(self, project_id: UUID, text: str) -> Environment:
@@ -138,7 +133,8 @@ class Environments:
             NotFound: It is absent, deleted, or another project's.
         """
         row = await self._find(project_id, text)
-        return row if row.is_expired or not row.has_disk else await self._counted_anew(row)
+        is_due = (row.is_outdated or row.is_counted_long_ago) and not row.is_expired
+        return await self._counts.of(row) if is_due else row
 
     async def page(self, project_id: UUID, page: Page) -> tuple[Sequence[Environment], str | None]:
         """Environments of a project, newest first, and the token of the next page.
@@ -149,7 +145,8 @@ class Environments:
         before = page.after("environments")
         found = await store.page(self._database, project_id, before=before, limit=page.limit)
         rows, last = page.cut(found)
-        return rows, None if last is None else pages.token(last.id, "environments")
+        token = None if last is None else pages.token(last.id, "environments")
+        return await self._counts.of_all(rows), token
 
     async def delete(self, project_id: UUID, text: str) -> None:
         """Delete an environment and its files; at once if its broker answers, else later.
@@ -161,7 +158,6 @@ class Environments:
         place = None if key is None else await store.delete(self._database, project_id, key)
         if key is None or place is None:
             raise _not_found(text)
-        self._counted.pop(key, None)
         if place.address is not None:
             await self._remove(key, place.address)
 
@@ -170,6 +166,7 @@ class Environments:
 
         Raises:
             NotFound: It is absent, deleted, expired, or another project's.
+            QuotaReached: This is its first use, and the project has as many as it may.
             Unready: No broker has it, or can take it.
         """
         row = await self._usable(project_id, text)
@@ -204,21 +201,29 @@ class Environments:
         Raises:
             Invalid: A source, the network or a variable is wrong; nothing is left behind.
             NotFound: The id is unknown, or its environment has expired.
-            TooMany: The project has as many as it may.
+            QuotaReached: The project has as many as it may.
             Unready: No broker can take its sources.
         """
         if isinstance(value, str):
             if value.lower() == _REMOTE:
                 return await self.derive(project_id, None)
-            return (await self._usable(project_id, value)).id
+            return (await self._asked_for(project_id, value)).id
         changed, copied = named_in(value)
         if changed is None:
-            return await self.derive(project_id, copied, value)
-        row = await self._usable(project_id, changed)
-        await self._change(row, await self._checked(project_id, value))
+            return await self.derive(project_id, copied, change=value)
+        row = await self._asked_for(project_id, changed)
+        await self._change(row, await self._checked(project_id, value, "environment"))
         return row.id
 
-    async def derive(self, project_id: UUID, parent: str | None, *configs: Json) -> UUID:
+    async def derive(
+        self,
+        project_id: UUID,
+        parent: str | None,
+        base: Json | None = None,
+        change: Json | None = None,
+        *,
+        is_tentative: bool = False,
+    ) -> UUID:
         """A new environment: what valid configurations say, one on top of the other.
 
         Each one's network replaces that of those before it, its variables and sources are added.
@@ -227,22 +232,42 @@ class Environments:
             project_id: Whose.
             parent: The id of the environment whose files and configuration it begins with; None:
                 it begins empty, and without sources takes no disk and needs no broker.
-            configs: What comes on top.
+            base: What comes on top of it: an agent's `base_environment`.
+            change: What comes on top of both: a call's own `environment`.
+            is_tentative: Nobody asked for it: it counts towards the quota from its first use on,
+                unless it has files at once.
 
         Raises:
             Invalid: A source, the network or a variable is wrong; nothing is left behind.
             NotFound: The parent is unknown, has expired, or has lost its files.
-            TooMany: The project has as many as it may.
+            QuotaReached: The project has as many as it may.
             Unready: No broker can take its sources, or the parent's gives no sign of life.
         """
         row = None if parent is None else await self._usable(project_id, parent)
         wanted = _Change(Configuration(), [])
-        for config in filter(None, configs):
-            wanted = wanted.then(await self._checked(project_id, config))
-        return (await self._make(project_id, wanted, row)).id
+        for config, place in ((base, "base_environment"), (change, "environment")):
+            if config:
+                wanted = wanted.then(await self._checked(project_id, config, place))
+        return (await self._make(project_id, wanted, row, is_tentative=is_tentative)).id
+
+    async def inherit(self, project_id: UUID, environment: UUID) -> UUID:
+        """The environment of an interaction, for the one that continues it.
+
+        Raises:
+            NotFound: It was deleted or has expired.
+        """
+        row = await self._usable(project_id, environment_id(environment))
+        if row.is_tentative:
+            # It must last until the run that is about to be made holds it.
+            await self.touch(row.id)
+        return row.id
+
+    async def was_used(self, project_id: UUID, environment: UUID) -> bool:
+        """Whether something is lost with an environment that is gone; a guess after 30 days."""
+        return await store.was_used(self._database, project_id, environment)
 
     async def check(self, project_id: UUID, value: str | Json) -> None:
-        """See that a valid `environment` could be had, as far as can be told without making it.
+        """See that a valid `base_environment` could be had, as far as can be told from here.
 
         Raises:
             Invalid: A source, the network or a variable is wrong.
@@ -256,7 +281,7 @@ class Environments:
         parent = changed or copied
         if parent is not None:
             await self._usable(project_id, parent)
-        await self._checked(project_id, value)
+        await self._checked(project_id, value, "base_environment")
 
     async def discard(self, project_id: UUID, environment: UUID) -> None:
         """Take back an environment that was made for something which then failed."""
@@ -269,15 +294,18 @@ class Environments:
 
         Raises:
             NotFound: It is absent, deleted or expired.
+            QuotaReached: This is its first use, and the project has as many as it may.
             Unready: No broker is there, or not the one that has it.
         """
         place = await store.locate(self._database, environment)
+        if place is not None and place.is_tentative:
+            await self._claim(environment)
         if place is not None and (place.broker is None or place.is_stale):
             place = await store.place(self._database, environment, ttl=self._rules.ttl)
         if place is None:
             raise _not_found(environment_id(environment))
         if place.broker is None:
-            raise Unready(_NO_BROKER, retry_after_s=1)
+            raise await brokers.missing(self._database, is_off=self._rules.is_off)
         if place.address is None:
             raise _is_away(place)
         if not place.has_disk:
@@ -310,21 +338,18 @@ class Environments:
         """Refuse what needs a sandbox, where none can be had.
 
         Raises:
+            Invalid: This server has none, and none will come.
             Unready: There is no broker, or none that can start sandboxes; the message says why.
         """
-        brokers, problem = await store.readiness(self._database)
-        if not brokers:
-            raise Unready(_NO_BROKER, retry_after_s=1)
+        count, problem = await store.readiness(self._database)
+        if not count:
+            raise await brokers.missing(self._database, is_off=self._rules.is_off)
         if problem is not None:
             raise Unready(f"No sandbox can be started: {problem}", retry_after_s=5)
 
     async def touch(self, environment: UUID) -> None:
         """Note that an environment is in use, at most once a minute: it then lives on."""
         await store.touch(self._database, environment, ttl=self._rules.ttl)
-
-    def files_changed(self, environment: UUID) -> None:
-        """What was counted last is out of date: the next one who looks counts anew."""
-        self._counted.pop(environment, None)
 
     # For the upkeep.
 
@@ -335,7 +360,8 @@ class Environments:
             How many expired.
         """
         count = 0
-        while expired := await store.expire(self._database, limit=_BATCH):
+        unused = min(_KEEP_UNUSED, self._rules.ttl)
+        while expired := await store.expire(self._database, unused=unused, limit=_BATCH):
             count += len(expired)
         after: UUID | None = None
         while left := await store.left_behind(self._database, after=after, limit=_BATCH):
@@ -362,10 +388,27 @@ class Environments:
             raise NotFound(f"Environment '{shown(text)}' has expired.")
         return row
 
-    async def _checked(self, project_id: UUID, body: Json) -> _Change:
-        """What a request asks for, as far as it can be known to be possible."""
+    async def _asked_for(self, project_id: UUID, text: str) -> Environment:
+        """One that a request names: from now on it is somebody's."""
+        row = await self._usable(project_id, text)
+        if row.is_tentative:
+            await self._claim(row.id)
+        return row
+
+    async def _claim(self, environment: UUID) -> None:
+        most = self._rules.max_environments
+        if not await store.claim(self._database, environment, most=most):
+            raise _full(most)
+
+    async def _checked(self, project_id: UUID, body: Json, place: str = "") -> _Change:
+        """What a request asks for, at a place of it, as far as it can be known to be possible."""
         given = body.get("sources", [])
-        found = await asyncio.to_thread(sources.checked, given, skills_dir=self._rules.skills_dir)
+        found = await asyncio.to_thread(
+            sources.checked,
+            given,
+            skills_dir=self._rules.skills_dir,
+            where=f"{place}.sources" if place else "sources",
+        )
         wanted = Configuration(
             sources.public(given), body.get("network"), variables(body.get("env", {}))
         )
@@ -387,7 +430,12 @@ class Environments:
                 )
 
     async def _make(
-        self, project_id: UUID, change: _Change, parent: Environment | None = None
+        self,
+        project_id: UUID,
+        change: _Change,
+        parent: Environment | None = None,
+        *,
+        is_tentative: bool = False,
     ) -> Environment:
         wanted, copied = change.configuration, None
         if parent is not None:
@@ -397,8 +445,9 @@ class Environments:
             else:
                 await self.touch(parent.id)
         address = None if copied is None else await self.locate(copied.id)
-        row = await self._insert(project_id, wanted, copied)
-        if copied is None and not change.sources:
+        is_empty = copied is None and not change.sources
+        row = await self._insert(project_id, wanted, copied, is_tentative=is_tentative and is_empty)
+        if is_empty:
             return row
         try:
             address = address or await self.locate(row.id)
@@ -412,7 +461,12 @@ class Environments:
         return replace(row, has_disk=True)
 
     async def _insert(
-        self, project_id: UUID, wanted: Configuration, copied: Environment | None
+        self,
+        project_id: UUID,
+        wanted: Configuration,
+        copied: Environment | None,
+        *,
+        is_tentative: bool,
     ) -> Environment:
         key = ids.uuid7()
         new = NewEnvironment(
@@ -424,15 +478,12 @@ class Environments:
             # Known before there are any: a write after the copy would wait for the copy's own.
             file_count=0 if copied is None else copied.file_count,
             size_bytes=0 if copied is None else copied.size_bytes,
+            is_tentative=is_tentative,
         )
         most = self._rules.max_environments
         row = await store.create(self._database, new, ttl=self._rules.ttl, most=most)
         if row is None:
-            raise TooMany(
-                f"The project has {most} environments, and may have no more (setting "
-                "sandbox.max_environments): delete some, or wait until unused ones expire.",
-                retry_after_s=_TOO_MANY_RETRY_S,
-            )
+            raise _full(most)
         return row
 
     async def _change(self, row: Environment, change: _Change) -> None:
@@ -445,7 +496,8 @@ class Environments:
                 with faults_shown():
                     await self.client.refresh(await self.locate(row.id), row.id)
             if change.sources:
-                await self._sources.put(await self.locate(row.id), row.id, change.sources)
+                address = await self.locate(row.id)
+                await self._sources.put(address, row.id, change.sources, is_new=False)
         except BaseException:
             await asyncio.shield(self._restore(changed, before))
             raise
@@ -483,25 +535,6 @@ class Environments:
             sealed = self._sealer.open(sealed, purpose=purpose)
         return Configuration.read(row.public, sealed)
 
-    async def _counted_anew(self, row: Environment) -> Environment:
-        """The row with what its files are now, where the broker can say so soon."""
-        now = time.monotonic()
-        if now - self._counted.get(row.id, -_COUNT_EVERY_S) < _COUNT_EVERY_S:
-            return row
-        if len(self._counted) >= _MOST_COUNTED:
-            self._counted.clear()
-        place = await store.locate(self._database, row.id)
-        if place is None or place.address is None:
-            return row
-        self._counted[row.id] = now
-        try:
-            async with asyncio.timeout(_COUNT_PATIENCE_S):
-                count, size = await self.client.usage(place.address, row.id)
-        except (AppError, TimeoutError):
-            return row
-        await store.set_usage(self._database, row.id, file_count=count, size_bytes=size)
-        return replace(row, file_count=count, size_bytes=size)
-
     async def _remove(self, environment: UUID, address: str) -> None:
         """Have a broker delete the files of one that is gone; if it fails, the upkeep does so."""
         try:
@@ -534,6 +567,13 @@ def _event(row: Json) -> Json:
     for name in ("bytes_up", "bytes_down"):
         row[name] = str(row[name])
     return answer | {name: value for name, value in row.items() if value is not None}
+
+
+def _full(most: int) -> QuotaReached:
+    return QuotaReached(
+        f"The project has {most} environments, and may have no more (setting "
+        "sandbox.max_environments): delete some, or wait until unused ones expire."
+    )
 
 
 def _not_found(text: str) -> NotFound:

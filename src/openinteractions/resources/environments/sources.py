@@ -1,13 +1,16 @@
 """What lies in an environment at its start, from where it comes to where it goes.
 
 `checked` refuses what can be known to be wrong before anything is made; `Sources.put` brings the
-rest in. Repositories are cloned by the sandbox itself, through the egress proxy and under the
-environment's own rules, so that its credentials apply.
+rest in: all is fetched, next to the environment's files, before the first is laid. Repositories are
+cloned by the sandbox itself, through the egress proxy and under the environment's own rules, so
+that its credentials apply. A target beside the three folders gets a folder of its own at the top
+(`sandbox.tops`).
 """
 
 import asyncio
 import base64
 import binascii
+import contextlib
 import re
 import tarfile
 import tempfile
@@ -22,11 +25,12 @@ from uuid import UUID, uuid4
 import orjson
 
 from openinteractions.api.body import Pieces
-from openinteractions.errors import Invalid, RequestError, TooLarge, Unready
+from openinteractions.errors import Invalid, NotFound, RequestError, TooLarge, Unready
 from openinteractions.netguard import Fetcher, Unwelcome
+from openinteractions.sandbox import tops
 from openinteractions.sandbox.client import BrokerClient
 from openinteractions.sandbox.files import paths
-from openinteractions.sandbox.port import MOUNTS, Command, Exit, Output, SandboxError
+from openinteractions.sandbox.port import Command, Exit, Output, SandboxError
 from openinteractions.wire.environment import public_source
 from openinteractions.wire.explain import shown
 from openinteractions.wire.fields import Json
@@ -41,23 +45,41 @@ MAX_SKILL_BYTES: Final = 100 * 10**6
 _CLONE_S: Final = 300.0
 _CHUNK: Final = 256 * 1024
 _MAX_SAID: Final = 64 * 1024
+_SAID_CHARS: Final = 300
 _IN_MEMORY: Final = 4 * 2**20
 
 _SKILL: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _BUCKET: Final = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 _ABSENT: Final = frozenset({401, 403, 404})
+_INSTRUCTIONS: Final = "AGENTS.md"
+_AGENTS_INSTRUCTIONS: Final = f".agents/{_INSTRUCTIONS}"
 
+_STAGED: Final = ".oi-clone-"
+# As git does it: into a folder that is empty, or not there.
+_FREE: Final = f"""
+if [ -e "$1" ] && {{ [ ! -d "$1" ] ||
+    [ -n "$(find "$1/" -mindepth 1 -maxdepth 1 ! -name '{_STAGED}*' -print -quit)" ]; }}; then
+  echo "destination path '$1' already exists and is not an empty directory" >&2
+  exit 1
+fi
+"""
 # `ulimit -f` counts blocks of 512 bytes (POSIX) and stops a pack that grows too large; what is
-# checked out of it is measured afterwards. git removes what it made where it fails.
-_CLONE: Final = f"""
+# checked out of it is measured afterwards.
+_CLONE: Final = f"""{_FREE}
 ulimit -f {MAX_REPOSITORY_MB * 2048}
-git clone --quiet -- "$1" "$2" || exit 1
+git clone --quiet -- "$3" "$2" || exit 1
 size=$(du -sm -- "$2" | cut -f1)
 [ "$size" -le {MAX_REPOSITORY_MB} ] && exit 0
-find "$2" -mindepth 1 -delete
 echo "it is larger than {MAX_REPOSITORY_MB} MB" >&2
 exit 1
 """
+# Its contents, since the top of a mount cannot be replaced.
+_MOVE: Final = f"""{_FREE}
+mkdir -p -- "$1" || exit 1
+find "$2" -mindepth 1 -maxdepth 1 -exec mv -t "$1" -- {{}} + && rmdir -- "$2"
+"""
+_MOST_NAMED: Final = 10
+_TIDY_S: Final = 10.0
 _CLONE_ENV: Final = {
     "GIT_TERMINAL_PROMPT": "0",
     "GIT_ASKPASS": "true",
@@ -72,6 +94,8 @@ class Inline:
 
     target: str
     data: bytes = field(repr=False)
+    where: str = field(default="", compare=False)
+    """Its place in the request, for messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +104,7 @@ class Repository:
 
     target: str
     url: str = field(repr=False)
+    where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +114,7 @@ class Bucket:
     target: str
     bucket: str
     name: str
+    where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,26 +123,56 @@ class Skill:
 
     target: str
     folder: Path
+    where: str = field(default="", compare=False)
 
 
 Source: TypeAlias = Inline | Repository | Bucket | Skill
 
 
-def checked(sources: Sequence[Json], *, skills_dir: Path | None) -> list[Source]:
+@dataclass(frozen=True, slots=True)
+class _Upload:
+    """Bytes beside the environment's files."""
+
+    id: str
+    target: str
+    is_archive: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Clone:
+    """A repository in a folder of its own, at the top of the one that it is to go into."""
+
+    target: str
+    folder: str
+
+
+_Fetched: TypeAlias = Inline | _Upload | _Clone
+
+
+def checked(
+    sources: Sequence[Json], *, skills_dir: Path | None, where: str = "sources"
+) -> list[Source]:
     """Sources that can be brought in, as far as can be told from here. Looks at the skills' folder.
+
+    Args:
+        sources: As the request has them.
+        skills_dir: The operator's skills.
+        where: Their place in the request, for messages.
 
     Raises:
         Invalid: One is wrong; the message names it.
     """
     if len(sources) > MAX_SOURCES:
-        raise Invalid(f"Invalid value at 'sources': expected at most {MAX_SOURCES} sources.")
+        raise Invalid(f"Invalid value at '{where}': expected at most {MAX_SOURCES} sources.")
     found = [
-        _checked(source, f"sources[{index}]", skills_dir) for index, source in enumerate(sources)
+        _checked(source, f"{where}[{index}]", skills_dir) for index, source in enumerate(sources)
     ]
+    _check_tops(found, where)
+    _check_instructions(sources, found, where)
     total = sum(len(source.data) for source in found if isinstance(source, Inline))
     if total > MAX_INLINE_TOTAL_BYTES:
         raise Invalid(
-            f"Invalid value at 'sources': inline contents have more than {MAX_INLINE_TOTAL_BYTES} "
+            f"Invalid value at '{where}': inline contents have more than {MAX_INLINE_TOTAL_BYTES} "
             "bytes in all; upload larger files after the environment was made."
         )
     return found
@@ -130,20 +186,58 @@ def _checked(source: Json, where: str, skills_dir: Path | None) -> Source:
     for name in (useless, "encoding"):
         if name in source and not (kind == "inline" and name == "encoding"):
             raise Invalid(f"'{name}' does not go with the type '{kind}' at '{where}'.")
-    try:
-        parts = paths.for_writing(source["target"], is_folder=kind != "inline")
-    except Invalid as error:
-        raise Invalid(f"Invalid value at '{where}.target': {error.message}") from None
-    target = paths.shown(parts)
+    target = _target(source, where)
     match kind:
         case "inline":
-            return Inline(target, _content(source, where))
+            return Inline(target, _content(source, where), where)
         case "repository":
-            return Repository(target, _git_url(source["source"], f"{where}.source"))
+            return Repository(target, _git_url(source["source"], f"{where}.source"), where)
         case "gcs":
-            return Bucket(target, *_gs_url(source["source"], f"{where}.source"))
+            return Bucket(target, *_gs_url(source["source"], f"{where}.source"), where)
         case _:
-            return Skill(target, _skill(source["source"], f"{where}.source", skills_dir))
+            return Skill(target, _skill(source["source"], f"{where}.source", skills_dir), where)
+
+
+def _target(source: Json, where: str) -> str:
+    """Where it goes, from the environment's root."""
+    is_file = source["type"] == "inline"
+    given: str = source["target"]
+    try:
+        parts = paths.parse(given)
+        if paths.shown(parts) == _INSTRUCTIONS and source["type"] in {"inline", "gcs"}:
+            # Google's runtime looks for it at the root too; ours has no files there.
+            return _AGENTS_INSTRUCTIONS
+        return paths.shown(paths.for_writing(given, is_folder=not is_file))
+    except Invalid as error:
+        raise Invalid(f"Invalid value at '{where}.target': {error.message}") from None
+
+
+def _tops(sources: Sequence[Source]) -> list[str]:
+    """The folders at the top that they need beside the three."""
+    names = (source.target.partition("/")[0] for source in sources)
+    return [name for name in dict.fromkeys(names) if tops.is_further(name)]
+
+
+def _check_tops(sources: Sequence[Source], where: str) -> None:
+    if len(_tops(sources)) > tops.MAX_FURTHER:
+        raise Invalid(
+            f"Invalid value at '{where}': expected at most {tops.MAX_FURTHER} folders beside "
+            "'workspace', '.agents' and 'home'; put some of them into 'workspace'."
+        )
+
+
+def _check_instructions(sources: Sequence[Json], found: Sequence[Source], where: str) -> None:
+    """None of two is lost because both go to one place."""
+    given = {
+        paths.parse(source["target"])
+        for source, kept in zip(sources, found, strict=True)
+        if kept.target == _AGENTS_INSTRUCTIONS
+    }
+    if len(given) > 1:
+        raise Invalid(
+            f"Invalid value at '{where}': '{_INSTRUCTIONS}' at the root is kept as "
+            f"'{_AGENTS_INSTRUCTIONS}', which another source brings as well: give one of the two."
+        )
 
 
 def _content(source: Json, where: str) -> bytes:
@@ -240,41 +334,101 @@ class Sources:
         self._fetcher = fetcher
         self._gcs_url = gcs_url.rstrip("/")
 
-    async def put(self, address: str, env: UUID, sources: Sequence[Source]) -> None:
+    async def put(
+        self, address: str, env: UUID, sources: Sequence[Source], *, is_new: bool = True
+    ) -> None:
         """Bring them in, in their order; files that are there already are replaced.
+
+        Nothing is replaced before all of them were fetched.
+
+        Args:
+            address: The broker's.
+            env: Whose files.
+            sources: What to bring.
+            is_new: The environment goes if this fails; else the message says what was laid, and
+                what was only fetched is taken away.
 
         Raises:
             Invalid: One cannot be had, or not be put there; the message names it.
-            Unready: The broker does not answer, or has no sandbox to spare.
+            Unready: The broker does not answer, has no sandbox to spare, or one that is in use and
+                would have to be stopped for a folder beside the three.
         """
-        for index, source in enumerate(sources):
-            try:
-                with faults_shown():
-                    await self._put(address, env, source)
-            except Unready:
-                raise
-            except RequestError as error:
-                raise Invalid(f"Cannot set up 'sources[{index}]': {error.message}") from error
+        # Before any is cloned: the sandbox that does it has them then.
+        if further := _tops(sources):
+            with faults_shown():
+                await self._client.add_folders(address, env, further)
+        fetched: list[list[_Fetched]] = [[] for _ in sources]
+        laid: list[str] = []
+        try:
+            for index, source in enumerate(sources):
+                with _named(source, index):
+                    await self._fetch(address, env, source, fetched[index])
+            for index, source in enumerate(sources):
+                with _named(source, index, () if is_new else laid):
+                    for each in fetched[index]:
+                        await self._lay(address, env, each)
+                        laid.append(each.target)
+        except BaseException:
+            if not is_new:
+                await asyncio.shield(
+                    self._drop(address, env, [e for some in fetched for e in some])
+                )
+            raise
 
-    async def _put(self, address: str, env: UUID, source: Source) -> None:
+    async def _fetch(
+        self, address: str, env: UUID, source: Source, fetched: list[_Fetched]
+    ) -> None:
+        """Bring a source next to the environment's files; what was begun of it is in `fetched`."""
         match source:
             case Inline():
-                await self._client.write(address, env, source.target, source.data, overwrite=True)
+                fetched.append(source)
             case Repository():
-                await self._clone(address, env, source)
+                top = source.target.partition("/")[0]
+                clone = _Clone(source.target, f"{top}/{_STAGED}{uuid4().hex}")
+                fetched.append(clone)
+                await self._clone(address, env, clone, source.url)
             case Bucket():
-                await self._download(address, env, source)
+                await self._download(address, env, source, fetched)
             case Skill():
-                await self._copy(address, env, source)
+                async with _packed(source.folder) as archive:
+                    upload = _Upload(uuid4().hex, source.target, is_archive=True)
+                    fetched.append(upload)
+                    await self._take(address, env, upload, archive)
 
-    async def _clone(self, address: str, env: UUID, source: Repository) -> None:
-        folder, _, rest = source.target.partition("/")
-        place = f"{MOUNTS[folder]}/{rest}".rstrip("/")
+    async def _lay(self, address: str, env: UUID, fetched: _Fetched) -> None:
+        match fetched:
+            case Inline(target, data):
+                await self._client.write(address, env, target, data, overwrite=True)
+            case _Upload(key, target, is_archive):
+                await self._client.commit_upload(
+                    address, env, key, target, overwrite=True, extract=is_archive
+                )
+            case _Clone(target, folder):
+                argv = ["sh", "-c", _MOVE, "move", _inside(target), _inside(folder)]
+                await self._run(address, env, argv, "The clone cannot be put there")
+
+    async def _drop(self, address: str, env: UUID, fetched: Sequence[_Fetched]) -> None:
+        """Take away what was fetched and not laid; what the broker cannot now, it does later."""
+        with contextlib.suppress(RequestError, SandboxError, TimeoutError):
+            async with asyncio.timeout(_TIDY_S):
+                for each in fetched:
+                    if isinstance(each, _Upload):
+                        await self._client.drop_upload(address, env, each.id)
+                    elif isinstance(each, _Clone):
+                        with contextlib.suppress(NotFound):
+                            await self._client.remove(address, env, each.folder, recursive=True)
+
+    async def _clone(self, address: str, env: UUID, clone: _Clone, url: str) -> None:
+        argv = ["sh", "-c", _CLONE, "clone", _inside(clone.target), _inside(clone.folder), url]
+        await self._run(address, env, argv, "git clone failed")
+
+    async def _run(self, address: str, env: UUID, argv: Sequence[str], failed: str) -> None:
+        """Run a command of a clone in the sandbox; `failed` is what a bad end means."""
         command = Command(
             # Of no interaction: an id of its own, in the form of theirs.
             id=f"{uuid4().hex}.0",
             epoch=1,
-            argv=["sh", "-c", _CLONE, "clone", source.url, place],
+            argv=argv,
             cwd="/",
             env=_CLONE_ENV,
             timeout_s=_CLONE_S,
@@ -295,17 +449,25 @@ class Sources:
         if ended.outcome == "unknown":
             raise Unready("The sandbox was lost while it cloned a repository.", retry_after_s=1)
         if ended.code != 0:
-            raise Invalid(f"git clone failed: {_last_line(said) or 'it said nothing'}.")
+            raise Invalid(f"{failed}: {_last_line(said) or 'it said nothing'}.")
 
-    async def _download(self, address: str, env: UUID, source: Bucket) -> None:
+    async def _download(
+        self, address: str, env: UUID, source: Bucket, fetched: list[_Fetched]
+    ) -> None:
         url = f"{self._gcs_url}/storage/v1/b/{quote(source.bucket, safe='')}/o"
-        if source.name and not source.name.endswith("/"):
+        may_be_object = bool(source.name) and not source.name.endswith("/")
+        # A target at the top is a folder, so what goes there is what lies below the name.
+        if may_be_object and "/" in source.target:
             try:
-                await self._object(address, env, f"{url}/{_object(source.name)}", source.target)
+                upload = _Upload(uuid4().hex, source.target)
+                fetched.append(upload)
+                await self._object(address, env, f"{url}/{_object(source.name)}", upload)
             except Unwelcome as error:
                 if error.answer not in _ABSENT:
                     raise
+                fetched.clear()
             else:
+                paths.for_writing(source.target)
                 return
         folder = f"{source.name.rstrip('/')}/" if source.name else ""
         left = MAX_BUCKET_BYTES
@@ -317,14 +479,24 @@ class Sources:
                 raise TooLarge(f"There are more than {MAX_BUCKET_BYTES} bytes.")
             target = f"{source.target}/{name.removeprefix(folder)}"
             paths.for_writing(target)
-            await self._object(address, env, f"{url}/{_object(name)}", target)
+            upload = _Upload(uuid4().hex, target)
+            fetched.append(upload)
+            await self._object(address, env, f"{url}/{_object(name)}", upload)
         if not found:
-            raise Invalid(f"There is nothing at 'gs://{source.bucket}/{shown(source.name)}'.")
+            if may_be_object:
+                paths.for_writing(source.target)
+            place = f"gs://{source.bucket}/{shown(source.name)}"
+            raise Invalid(f"There is nothing at '{place}', or it is not public.")
 
-    async def _object(self, address: str, env: UUID, url: str, target: str) -> None:
+    async def _object(self, address: str, env: UUID, url: str, upload: _Upload) -> None:
         async with self._fetcher.stream(f"{url}?alt=media", max_bytes=MAX_BUCKET_BYTES) as stream:
-            body = Pieces(stream)
-            await body.sent(self._client.write(address, env, target, body, overwrite=True))
+            await self._take(address, env, upload, stream)
+
+    async def _take(
+        self, address: str, env: UUID, upload: _Upload, pieces: AsyncIterator[bytes]
+    ) -> None:
+        body = Pieces(pieces)
+        await body.sent(self._client.append_upload(address, env, upload.id, 0, body))
 
     async def _listing(self, url: str, folder: str) -> list[tuple[str, int]]:
         """Names and sizes of the objects below a folder."""
@@ -351,12 +523,32 @@ class Sources:
             if not token:
                 return found
 
-    async def _copy(self, address: str, env: UUID, source: Skill) -> None:
-        async with _packed(source.folder) as archive:
-            body = Pieces(archive)
-            await body.sent(
-                self._client.write(address, env, source.target, body, overwrite=True, extract=True)
-            )
+
+@contextmanager
+def _named(source: Source, index: int, laid: Sequence[str] = ()) -> Generator[None]:
+    """An error within says which source it was, and which files lie there all the same."""
+    try:
+        with faults_shown():
+            yield
+    except Unready as error:
+        raise Unready(error.message + _laid(laid), retry_after_s=error.retry_after_s) from error
+    except RequestError as error:
+        where = source.where or f"sources[{index}]"
+        raise Invalid(f"Cannot set up '{where}': {error.message}{_laid(laid)}") from error
+
+
+def _laid(targets: Sequence[str]) -> str:
+    if not targets:
+        return ""
+    names = ", ".join(f"'{shown(target)}'" for target in targets[:_MOST_NAMED])
+    more = len(targets) - _MOST_NAMED
+    return f" Already laid, and left: {names}" + (f" and {more} more." if more > 0 else ".")
+
+
+def _inside(path: str) -> str:
+    """Where a path of the environment is in the sandbox."""
+    top, _, rest = path.partition("/")
+    return f"{tops.place(top)}/{rest}".rstrip("/")
 
 
 def _object(name: str) -> str:
@@ -366,8 +558,14 @@ def _object(name: str) -> str:
 def _last_line(said: bytes | bytearray) -> str:
     lines = said.decode(errors="replace").replace("\r", "\n").split("\n")
     last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    # git shows so what the egress proxy says; its own last line has the status alone.
+    told = (line.strip().removeprefix("remote: ") for line in lines)
+    last = next((line for line in told if line.startswith("egress ")), last)
     # What a caller put before the `@` of a URL stays with him.
-    return shown(public_source({"source": last})["source"].rstrip("."))
+    text: str = public_source({"source": last})["source"].rstrip(".")
+    # The reason stands at its end, behind the URL.
+    text = text if len(text) <= _SAID_CHARS else f"…{text[-_SAID_CHARS:]}"
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 @asynccontextmanager

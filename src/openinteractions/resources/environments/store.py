@@ -12,21 +12,37 @@ BROKER_DEAD_AFTER = timedelta(seconds=15)
 """A broker that has said nothing for so long is not asked."""
 _TOUCH_EVERY = timedelta(minutes=1)
 
-_COLUMNS = """id, project_id, broker, has_disk, public, sealed, revision, file_count, size_bytes,
+_COUNT_EVERY = "interval '5 seconds'"
+_COLUMNS = f"""id, project_id, broker, has_disk, public, sealed, revision, file_count, size_bytes,
  created_at, updated_at, accessed_at, expires_at,
- expired_at is not null or coalesce(expires_at < now(), false) as is_expired"""
+ expired_at is not null or coalesce(expires_at < now(), false) as is_expired, is_tentative,
+ has_disk and coalesce(changed_at >= counted_at, false) as is_outdated,
+ has_disk and counted_at < now() - {_COUNT_EVERY} as is_counted_long_ago, now() as read_at"""
 
 _USABLE = """deleted_at is null and expired_at is null
  and (expires_at is null or expires_at >= now())"""
 
 _CREATE = f"""
 insert into environments
-  (id, project_id, broker, public, sealed, expires_at, file_count, size_bytes)
-select $1, $2, $3, $4, $5, now() + $6::interval, $8, $9
- where $7::int is null
+  (id, project_id, broker, public, sealed, expires_at, file_count, size_bytes, is_tentative)
+select $1, $2, $3, $4, $5, now() + $6::interval, $8, $9, $10::boolean
+ where $10 or $7::int is null
     or (select count(*)
-          from (select from environments where project_id = $2 and {_USABLE} limit $7) as live) < $7
+          from (select from environments
+                 where project_id = $2 and not is_tentative and {_USABLE} limit $7) as live) < $7
 returning {_COLUMNS}
+"""  # noqa: S608 - our own words
+
+# Of two first uses at once the second one waits, and finds no row.
+_CLAIM = f"""
+update environments e
+   set is_tentative = (
+         select count(*) >= $2
+           from (select from environments
+                  where project_id = e.project_id and not is_tentative and {_USABLE}
+                  limit $2) as live)
+ where id = $1 and is_tentative and {_USABLE}
+returning is_tentative
 """  # noqa: S608 - our own words
 
 _PAGE = f"""
@@ -43,7 +59,8 @@ returning {_COLUMNS}
 """  # noqa: S608 - our own words
 
 _LOCATE = f"""
-select e.broker, e.has_disk, b.address, e.accessed_at < now() - $2::interval as is_stale
+select e.broker, e.has_disk, b.address, e.accessed_at < now() - $2::interval as is_stale,
+       e.is_tentative
   from environments e
   left join brokers b on b.name = e.broker and b.seen > now() - $3::interval
  where e.id = $1 and {_USABLE}
@@ -86,6 +103,23 @@ update environments set expired_at = now()
                order by expires_at limit $1
                for update skip locked)
    and expires_at < now()
+returning id
+"""
+
+# A run in it, and one that waits for its turn, may still come to use it: the key of a run's job is
+# its environment.
+_EXPIRE_UNUSED = """
+update environments set expired_at = now()
+ where id in (select e.id from environments e
+               where e.is_tentative and e.expired_at is null and e.deleted_at is null
+                 and e.accessed_at < now() - $2::interval
+                 and not exists (select from jobs
+                                  where key = e.id::text and state = 0)
+                 and not exists (select from jobs
+                                  where key = e.id::text and state = 1)
+               order by e.accessed_at limit $1
+               for update of e skip locked)
+   and is_tentative
 returning id
 """
 
@@ -135,6 +169,14 @@ class Environment:
     accessed_at: datetime
     expires_at: datetime | None
     is_expired: bool
+    is_tentative: bool
+    """It was made for a run that may need it, and not used yet."""
+    is_outdated: bool
+    """Something may have changed its files since they were counted."""
+    is_counted_long_ago: bool
+    """What runs in it by itself may have changed them since."""
+    read_at: datetime
+    """By the database's clock."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +191,8 @@ class NewEnvironment:
     """None: placed when it is first needed."""
     file_count: int = 0
     size_bytes: int = 0
+    is_tentative: bool = False
+    """It is counted at its first use (`claim`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +206,8 @@ class Place:
     """None: the broker gives no sign of life."""
     is_stale: bool = False
     """Its last use was noted a while ago."""
+    is_tentative: bool = False
+    """It has to be claimed before it is used."""
 
 
 async def create(
@@ -173,8 +219,8 @@ async def create(
         database: Where.
         new: The row.
         ttl: How long it lives unused.
-        most: None is inserted where the project has so many that can be used; with requests at the
-            same moment it may get a few more.
+        most: None is inserted where the project has so many that can be used, unless it is
+            tentative; with requests at the same moment it may get a few more.
     """
     async with database.hot() as connection:
         row = await connection.fetchrow(
@@ -188,8 +234,25 @@ async def create(
             most,
             new.file_count,
             new.size_bytes,
+            new.is_tentative,
         )
     return None if row is None else Environment(*row)
+
+
+async def claim(database: Database, environment_id: UUID, *, most: int) -> bool:
+    """Count a tentative environment from now on; False if its project has `most` without it."""
+    async with database.hot() as connection:
+        return not await connection.fetchval(_CLAIM, environment_id, most)
+
+
+async def was_used(database: Database, project_id: UUID, environment_id: UUID) -> bool:
+    """Whether somebody asked for an environment, or used it; True if it is long forgotten."""
+    async with database.hot() as connection:
+        return not await connection.fetchval(
+            "select is_tentative from environments where project_id = $1 and id = $2",
+            project_id,
+            environment_id,
+        )
 
 
 async def get(database: Database, project_id: UUID, environment_id: UUID) -> Environment | None:
@@ -254,17 +317,26 @@ async def set_disk(database: Database, environment_id: UUID, *, has_disk: bool) 
         )
 
 
-async def set_usage(
-    database: Database, environment_id: UUID, *, file_count: int, size_bytes: int
-) -> None:
-    """Keep what the broker counted."""
+async def set_changed(database: Database, environment_id: UUID) -> None:
+    """Note that an environment's files are not what was counted last."""
     async with database.hot() as connection:
         await connection.execute(
-            "update environments set file_count = $2, size_bytes = $3 "
-            "where id = $1 and (file_count, size_bytes) is distinct from ($2::bigint, $3::bigint)",
-            environment_id,
+            "update environments set changed_at = now() where id = $1", environment_id
+        )
+
+
+async def set_usage(
+    database: Database, row: Environment, *, file_count: int, size_bytes: int
+) -> None:
+    """Keep what the broker counted after `row` was read: a change since then is not in it."""
+    async with database.hot() as connection:
+        await connection.execute(
+            "update environments set file_count = $2, size_bytes = $3, counted_at = $4 "
+            "where id = $1 and counted_at <= $4",
+            row.id,
             file_count,
             size_bytes,
+            row.read_at,
         )
 
 
@@ -290,10 +362,26 @@ async def readiness(database: Database) -> tuple[int, str | None]:
     return row[0], row[1]
 
 
-async def expire(database: Database, *, limit: int) -> Sequence[UUID]:
-    """Mark environments whose time is over as expired; which they were."""
+async def had_broker(database: Database) -> bool:
+    """Whether a broker has ever been there: its row, or an environment that lives with one."""
+    async with database.hot() as connection:
+        return await connection.fetchval(
+            "select exists (select from brokers) "
+            "or exists (select from environments where broker is not null)"
+        )
+
+
+async def expire(database: Database, *, unused: timedelta, limit: int) -> Sequence[UUID]:
+    """Mark environments whose time is over as expired; which they were.
+
+    Args:
+        database: Where.
+        unused: How long those last that nobody has asked for, and nobody uses.
+        limit: Of each kind at most so many.
+    """
     async with database.hot() as connection:
         rows = await connection.fetch(_EXPIRE, limit)
+        rows += await connection.fetch(_EXPIRE_UNUSED, limit, unused)
         expired = [row[0] for row in rows]
         await connection.execute(_FORGET, expired)
     return expired

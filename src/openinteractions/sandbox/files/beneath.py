@@ -1,6 +1,6 @@
 """Opens paths of a tree without ever leaving it.
 
-The kernel resolves a path inside one of the three folders and refuses what leads out. Where it
+The kernel resolves a path inside one of the folders at the top and refuses what leads out. Where it
 cannot decide, since it does not know the sandbox's mounts (an absolute link, or one from one folder
 into another), the path is walked here: one component at a time, each opened by its name in the
 folder before, and no link followed by the kernel.
@@ -16,13 +16,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from openinteractions.sandbox import tops
 from openinteractions.sandbox.files import kernel
 from openinteractions.sandbox.files.paths import (
     ABOVE_MOUNTS,
-    IN_SANDBOX,
     MOUNT_FOLDERS,
     TOP,
     Parts,
+    in_sandbox,
+    is_further,
+    is_top,
 )
 
 _MAX_LINKS: Final = 40
@@ -61,9 +64,7 @@ def locate(root: int, parts: Parts, *, follow: bool = True) -> int:
     """
     if not parts:
         return kernel.open_beneath(root, b".", os.O_PATH | os.O_DIRECTORY)
-    if parts[0] not in TOP:
-        raise FileNotFoundError(errno.ENOENT, "no such folder")
-    folder = os.open(parts[0], _OF_FOLDER, dir_fd=root)
+    folder = open_top(root, parts[0])
     if len(parts) == 1:
         return folder
     with closing(folder):
@@ -74,6 +75,18 @@ def locate(root: int, parts: Parts, *, follow: bool = True) -> int:
             if error.errno not in {errno.EXDEV, errno.EAGAIN}:
                 raise
     return _Walk(root).to(parts, follow=follow)
+
+
+def open_top(root: int, name: bytes) -> int:
+    """A descriptor of a folder in the tree's root.
+
+    Raises:
+        FileNotFoundError: It is not there, or no folder.
+    """
+    if is_top(name):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return os.open(name, _OF_FOLDER, dir_fd=root)
+    raise FileNotFoundError(errno.ENOENT, "no such folder")
 
 
 class _Walk:
@@ -90,7 +103,7 @@ class _Walk:
 
     def to(self, parts: Parts, *, follow: bool) -> int:
         """Walk, and return a descriptor of the end."""
-        self._todo.extend((*IN_SANDBOX[parts[0]], *parts[1:]))
+        self._todo.extend((*in_sandbox(parts[0]), *parts[1:]))
         try:
             while self._todo:
                 self._step(self._todo.popleft(), follow=follow)
@@ -109,12 +122,16 @@ class _Walk:
             self._into(name, follow=follow)
         else:
             self._above = (*self._above, name)
-            if self._above in MOUNT_FOLDERS:
-                self._open.append(
-                    os.open(MOUNT_FOLDERS[self._above], _OF_FOLDER, dir_fd=self._root)
-                )
-            elif self._above not in ABOVE_MOUNTS:
-                raise OSError(errno.EXDEV, "leads out of the environment")
+            if self._above not in ABOVE_MOUNTS:
+                self._open.append(self._mounted())
+
+    def _mounted(self) -> int:
+        """The folder of the tree that lies where the walk is."""
+        # Not `/home`, which is a folder of the tree elsewhere.
+        own = self._above[0] if is_further(self._above[0]) else b""
+        with contextlib.suppress(FileNotFoundError):
+            return open_top(self._root, MOUNT_FOLDERS.get(self._above, own))
+        raise OSError(errno.EXDEV, "leads out of the environment")
 
     def _up(self) -> None:
         if self._open:
@@ -181,6 +198,17 @@ def _legs(parts: Parts) -> Iterator[bytes]:
     """A path in pieces short enough for the kernel."""
     for start in range(0, len(parts), _LEG):
         yield b"/".join(parts[start : start + _LEG])
+
+
+def further_in(root: int) -> list[bytes]:
+    """The names of the folders that lie beside the three, sorted."""
+    with folder_at(root) as fd:
+        return [name.encode() for name in tops.further(fd)]
+
+
+def tops_in(root: int) -> list[bytes]:
+    """The names of all folders in the tree's root."""
+    return [*TOP, *further_in(root)]
 
 
 def names_in(folder: int) -> list[bytes]:

@@ -10,7 +10,7 @@ import functools
 import mimetypes
 import os
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from openinteractions.sandbox.files import kernel
@@ -114,7 +114,21 @@ def entry_at(root: int, parts: Parts) -> Entry:
     """The entry of a path; raises as `find` does."""
     found = find(root, parts)
     with closing(found.fd):
-        return entry_of(found, parts)
+        entry = entry_of(found, parts)
+    link = _link_at(root, parts)
+    return entry if link is None else replace(entry, link=link)
+
+
+def _link_at(root: int, parts: Parts) -> str | None:
+    """What a link says; None where a path names none."""
+    try:
+        with closing(locate(root, parts, follow=False)) as fd:
+            if stat.S_ISLNK(kernel.stat(fd).mode):
+                return os.readlink(b"", dir_fd=fd).decode(errors="replace")
+    except OSError:
+        # It has changed since.
+        pass
+    return None
 
 
 def entry_of(found: Found, parts: Parts) -> Entry:

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from openinteractions.sandbox.files.beneath import closing, folder_at, locate
+from openinteractions.sandbox.files.beneath import closing, folder_at, open_top, tops_in
 from openinteractions.sandbox.files.entries import entry_at, entry_in, entry_of, find
-from openinteractions.sandbox.files.paths import MAX_PATH_BYTES, TOP, Parts, shown
+from openinteractions.sandbox.files.paths import MAX_PATH_BYTES, Parts, is_top, shown
 from openinteractions.sandbox.files.threads import Halt
 from openinteractions.sandbox.port import Entry
 
@@ -151,7 +151,7 @@ class _Lister:
         with os.scandir(folder) as entries:
             names = self._names(entries)
             if not path:
-                names = (found for found in names if found[1] in TOP)
+                names = (found for found in names if found[2] and is_top(found[1]))
             if after:
                 names = (found for found in names if found[0] > after[0])
             first = heapq.nsmallest(count, names)
@@ -190,9 +190,9 @@ class _Sum:
 
     def of(self, root: int) -> Usage:
         """The sum of a tree."""
-        for top in TOP:
+        for top in tops_in(root):
             try:
-                base = locate(root, (top,))
+                base = open_top(root, top)
             except OSError:
                 continue
             with closing(base):

@@ -16,7 +16,7 @@ from typing import Final
 
 from openinteractions.errors import TooLarge
 from openinteractions.sandbox.files.beneath import closing, folder_at, reopen
-from openinteractions.sandbox.files.paths import TOP, Parts
+from openinteractions.sandbox.files.paths import Parts, is_top
 from openinteractions.sandbox.files.threads import Halt
 from openinteractions.sandbox.port import UID
 
@@ -69,7 +69,7 @@ class Packer:
                 with folder_at(self._base, path) as folder:
                     if path:
                         yield _header(path, os.fstat(folder), tarfile.DIRTYPE)
-                    for entry in self._entries(folder, is_top=self._is_root and not path):
+                    for entry in self._entries(folder, at_top=self._is_root and not path):
                         member = (*path, os.fsencode(entry.name))
                         if entry.is_dir(follow_symlinks=False):
                             folders.append(member)
@@ -81,12 +81,12 @@ class Packer:
             if self._is_deep:
                 todo += sorted(folders, reverse=True)
 
-    def _entries(self, folder: int, *, is_top: bool) -> Iterator[os.DirEntry[str]]:
+    def _entries(self, folder: int, *, at_top: bool) -> Iterator[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             while some := list(itertools.islice(entries, _SORTED_AT_ONCE)):
                 for entry in sorted(some, key=lambda one: one.name):
                     self._halt.check()
-                    if not is_top or os.fsencode(entry.name) in TOP:
+                    if not at_top or _is_packed(entry):
                         yield entry
 
     def _file(self, folder: int, path: Parts) -> Iterator[bytes]:
@@ -119,6 +119,11 @@ class Packer:
             done += len(part)
             yield part
         yield bytes(-size % _BLOCK_BYTES)
+
+
+def _is_packed(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry of the tree's root is of the environment."""
+    return is_top(os.fsencode(entry.name)) and entry.is_dir(follow_symlinks=False)
 
 
 _PASSED_OVER: Final = {

@@ -4,7 +4,7 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,13 +12,21 @@ from typing import Final
 
 from openinteractions.errors import Invalid
 from openinteractions.sandbox.files import kernel, staging
-from openinteractions.sandbox.files.beneath import closing, is_there, locate, open_folder_of
+from openinteractions.sandbox.files.beneath import (
+    closing,
+    further_in,
+    is_there,
+    locate,
+    open_folder_of,
+    open_top,
+)
 from openinteractions.sandbox.files.entries import described, entry_at
-from openinteractions.sandbox.files.paths import Parts, shown
+from openinteractions.sandbox.files.paths import TOP, Parts, instead_of, is_further, shown
 from openinteractions.sandbox.files.problems import exists, explained
 from openinteractions.sandbox.files.quota import Boundless, Quota
 from openinteractions.sandbox.files.threads import Halt
 from openinteractions.sandbox.port import Entry
+from openinteractions.sandbox.tops import MAX_FURTHER
 
 _FOLDER_MODE: Final = 0o755
 _FILE_MODE: Final = 0o644
@@ -54,6 +62,44 @@ class Site:
         """`paths.explained`, for this environment."""
         return explained(parts, self.environment)
 
+    def check_top(self, parts: Parts) -> None:
+        """Refuse to write where no folder at the top is.
+
+        Raises:
+            Invalid: There is none; none is made on the way.
+        """
+        if not parts or parts[0] in TOP:
+            return
+        try:
+            with self.opened() as root:
+                os.close(open_top(root, parts[0]))
+        except FileNotFoundError:
+            raise no_top(parts) from None
+
+    def missing(self, names: Sequence[bytes]) -> list[bytes]:
+        """Those of these names that the root has no folder of."""
+        with self.opened() as root:
+            there = {*TOP, *further_in(root)}
+        return [name for name in dict.fromkeys(names) if name not in there]
+
+    def add_tops(self, names: Sequence[bytes]) -> None:
+        """Make folders beside the three; nothing happens to one that is there.
+
+        Raises:
+            Invalid: There would be too many, or a name cannot be.
+        """
+        missing = self.missing(names)
+        with self.explained(()), self.opened() as root, staging.staging(self.disk) as place:
+            if not all(map(is_further, missing)):
+                raise Invalid(f"No name of a folder at the top: '{shown(missing)}'.")
+            if len(further_in(root)) + len(missing) > MAX_FURTHER:
+                raise Invalid(
+                    f"An environment may have {MAX_FURTHER} folders beside 'workspace', '.agents' "
+                    f"and 'home': put '{shown(missing[-1:])}' into 'workspace'."
+                )
+            for name in missing:
+                os.close(self._child(root, place, name))
+
     def check_free(self, parts: Parts, *, overwrite: bool) -> None:
         """Refuse early what `land` would refuse after all bytes were sent.
 
@@ -61,6 +107,7 @@ class Site:
             Conflict: The path is taken, and is not to be overwritten.
             Invalid: A folder is there, which is never overwritten.
         """
+        self.check_top(parts)
         with self.explained(parts), self.opened() as root:
             if not is_there(root, parts):
                 return
@@ -95,6 +142,7 @@ class Site:
             overwrite: Replace a file that is there.
             mode: Its permissions; None: those of the replaced file, else read and write.
         """
+        self.check_top(parts)
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
         with closing(os.open(name, flags, dir_fd=place)) as fd:
             os.fchown(fd, self.uid, self.gid)
@@ -147,6 +195,7 @@ class Site:
 
     def mkdir(self, parts: Parts) -> Entry:
         """Make a folder, and those above it; nothing happens if it is there."""
+        self.check_top(parts)
         with self.explained(parts), self.opened() as root, staging.staging(self.disk) as place:
             try:
                 os.close(self.folder(root, place, parts))
@@ -193,3 +242,11 @@ class Site:
                 f"The directory '{shown(parts)}' is not empty. Set recursive=true to delete it"
                 " with all that is in it."
             ) from error
+
+
+def no_top(parts: Parts) -> Invalid:
+    """400: the environment has no such folder beside the three."""
+    return Invalid(
+        f"The environment has no folder '{shown(parts[:1])}' at its top, and only its sources make "
+        f"one. Write to '{instead_of(parts)}'."
+    )

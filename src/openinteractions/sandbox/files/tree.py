@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final, TypeAlias, TypeVar
 
-from openinteractions.errors import Invalid
+from openinteractions.errors import Invalid, NotFound
 from openinteractions.sandbox.files import kernel, staging, uploads
 from openinteractions.sandbox.files.beneath import closing, reopen
 from openinteractions.sandbox.files.entries import entry_at, entry_of, find
@@ -32,7 +32,7 @@ from openinteractions.sandbox.files.streams import pour, write_chunks
 from openinteractions.sandbox.files.tarball import Limits, Tarball
 from openinteractions.sandbox.files.threads import Halt, haltable, in_thread, settle, start
 from openinteractions.sandbox.files.unpack import unpack
-from openinteractions.sandbox.port import UID, Entry, SandboxError
+from openinteractions.sandbox.port import UID, Entry, SandboxError, UploadState
 
 _T = TypeVar("_T")
 
@@ -75,7 +75,7 @@ class Tree:
         """Nothing is opened.
 
         Args:
-            root: The folder of the three folders.
+            root: The folder of the three folders, and of those beside them.
             uid: Whose everything is that is written.
             gid: The same, its group.
             environment: The id to name in messages.
@@ -177,6 +177,18 @@ class Tree:
         await self._site.quota.check()
         return await in_thread(self._site.mkdir, parts)
 
+    async def missing_tops(self, names: Sequence[str]) -> Sequence[str]:
+        """Those of these folders at the top that are not there."""
+        found = await in_thread(self._site.missing, [name.encode() for name in names])
+        return [name.decode() for name in found]
+
+    async def add_tops(self, names: Sequence[str]) -> None:
+        """Make folders at the top, beside the three; nothing happens to one that is there.
+
+        A sandbox that runs does not get them.
+        """
+        await in_thread(self._site.add_tops, [name.encode() for name in names])
+
     async def delete(self, path: str, *, recursive: bool = False) -> None:
         """Remove a file, link or folder.
 
@@ -195,7 +207,7 @@ class Tree:
         """A folder as an uncompressed tar, with names from that folder on.
 
         Args:
-            path: The folder; the root's tar has the three folders.
+            path: The folder; the root's tar has all folders at the top.
             recursive: All that is below it, with empty folders; else the files directly in it.
 
         Raises:
@@ -223,7 +235,8 @@ class Tree:
         The archive itself is on the disk too while this runs.
 
         Args:
-            path: The folder, made if absent. Under the root, the archive has the three folders.
+            path: The folder, made if absent. Under the root, the archive has folders that are
+                there.
             chunks: The archive.
             overwrite: Replace files that are there; folders are always merged.
             max_bytes: Most that its files may have together, and that it may have itself.
@@ -249,32 +262,51 @@ class Tree:
         await self._site.quota.check()
         return await uploads.append(self._site, upload, offset, chunks, max_bytes=max_bytes)
 
-    async def upload_size(self, upload: str) -> int:
-        """How much of an upload has arrived."""
-        return await in_thread(uploads.size, self._site, upload)
+    async def upload_state(self, upload: str) -> UploadState:
+        """How much of an upload has arrived, or what it became, for a day at least."""
+        return await in_thread(uploads.state, self._site, upload)
 
     async def delete_upload(self, upload: str) -> None:
-        """Throw an upload away; nothing happens if there is none."""
+        """Throw an upload away: nothing can be added to it, or made of it, any more."""
         await in_thread(uploads.delete, self._site, upload)
 
     async def commit(self, upload: str, path: str, *, overwrite: bool = False) -> Entry:
-        """Make an upload the file at a path, as `write` does, without copying it."""
+        """Make an upload the file at a path, as `write` does, without copying it.
+
+        One that is over gives what it became.
+        """
         parts = for_writing(path)
-        await in_thread(self._site.check_free, parts, overwrite=overwrite)
-        async with uploads.opened(self._site, upload) as part:
-            staged = _Staged(part.place, part.fd, part.name, parts)
-            return await in_thread(self._land, staged, overwrite, None)
+        try:
+            async with uploads.opened(self._site, upload) as part:
+                staged = _Staged(part.place, part.fd, part.name, parts)
+                return await in_thread(self._land_part, part, staged, overwrite)
+        except NotFound as error:
+            (entry,) = await self._became(upload, error)
+            return entry
+
+    def _land_part(self, part: uploads.Part, staged: "_Staged", overwrite: bool) -> Entry:
+        entry = self._land(staged, overwrite, None)
+        part.end([entry])
+        return entry
+
+    async def _became(self, upload: str, error: NotFound) -> Sequence[Entry]:
+        """What an upload that is not there became before; otherwise the error."""
+        state = await in_thread(uploads.state, self._site, upload)
+        if state.written is None:
+            raise error
+        return state.written
 
     async def commit_archive(
         self, upload: str, path: str, *, overwrite: bool = False, max_bytes: int
     ) -> Sequence[Entry]:
-        """Unpack an upload, as `extract` does, and throw it away."""
+        """Unpack an upload, as `extract` does, and throw it away. One that is over as above."""
         parts = _for_extracting(path)
         await self._site.quota.check()
-        async with uploads.opened(self._site, upload) as part:
-            entries = await self._unpack(part.fd, parts, overwrite, max_bytes)
-            await in_thread(part.remove)
-            return entries
+        try:
+            async with uploads.opened(self._site, upload) as part:
+                return await self._unpack(part.fd, parts, overwrite, max_bytes, then=part.end)
+        except NotFound as error:
+            return await self._became(upload, error)
 
     async def clean(self, *, uploads_older_than_s: float = _NEVER_BEFORE) -> None:
         """Remove what an earlier process did not finish, and uploads that nobody goes on with."""
@@ -317,7 +349,13 @@ class Tree:
             )
 
     async def _unpack(
-        self, fd: int, parts: Parts, overwrite: bool, max_bytes: int
+        self,
+        fd: int,
+        parts: Parts,
+        overwrite: bool,
+        max_bytes: int,
+        *,
+        then: Callable[[Sequence[Entry]], None] | None = None,
     ) -> Sequence[Entry]:
         halt = Halt()
         limits = Limits(max_bytes=max_bytes)
@@ -326,9 +364,12 @@ class Tree:
             os.lseek(fd, 0, os.SEEK_SET)
             with io.FileIO(fd, closefd=False) as file:
                 tarball = Tarball(file, limits, halt)
-                return unpack(
+                entries = unpack(
                     self._site, tarball, parts, limits=limits, overwrite=overwrite, halt=halt
                 )
+            if then is not None:
+                then(entries)
+            return entries
 
         return await haltable(halt, work)
 
@@ -451,7 +492,7 @@ class _Packing:
         self._pieces = packer.pieces()
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        while (piece := await haltable(self._halt, self._next)) is not None:
+        while (piece := await settle(start(self._next), self._halt)) is not None:
             yield piece
 
     def _next(self) -> bytes | None:

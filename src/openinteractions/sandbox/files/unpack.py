@@ -16,7 +16,14 @@ from typing import Final
 
 from openinteractions.errors import Invalid, TooLarge
 from openinteractions.sandbox.files import kernel, staging
-from openinteractions.sandbox.files.beneath import closing, folder_at, is_there, locate, names_in
+from openinteractions.sandbox.files.beneath import (
+    closing,
+    folder_at,
+    further_in,
+    is_there,
+    locate,
+    names_in,
+)
 from openinteractions.sandbox.files.entries import described, entry_at
 from openinteractions.sandbox.files.paths import (
     MAX_PATH_BYTES,
@@ -31,7 +38,7 @@ from openinteractions.sandbox.files.site import FOLDER_BYTES, Site
 from openinteractions.sandbox.files.streams import write_all
 from openinteractions.sandbox.files.tarball import Limits, Member, Tarball
 from openinteractions.sandbox.files.threads import Halt
-from openinteractions.sandbox.port import FOLDERS, Entry
+from openinteractions.sandbox.port import Entry
 
 _MAX_DEPTH: Final = 100
 _HEAD_BYTES: Final = 1024
@@ -51,6 +58,7 @@ def unpack(
         Invalid: The archive is damaged, or has what may not be.
         TooLarge: It is over its limits, or the disk is full.
     """
+    site.check_top(target)
     with site.explained(target), staging.staging(site.disk) as place:
         name = staging.make_folder(place, _FOLDER_MODE, site.uid, site.gid)
         try:
@@ -64,7 +72,8 @@ def unpack(
                 return made.entries(root)
         finally:
             with contextlib.suppress(OSError):
-                staging.discard(place, name, halt)
+                # To its end, also where nobody waits any more: nothing else would remove it.
+                staging.discard(place, name, Halt())
 
 
 class _Made:
@@ -76,6 +85,8 @@ class _Made:
         self._target = target
         self._limits = limits
         self._halt = halt
+        with site.opened() as root:
+            self._further = further_in(root)
         self._bytes = 0
         self._count = 0
         self._folders: set[Parts] = {()}
@@ -110,7 +121,6 @@ class _Made:
         """What of it is in the tree now, by path."""
         found: list[Entry] = []
         for parts in sorted(self._told):
-            self._halt.check()
             entry = self._files.get(parts)
             if entry is None:
                 with contextlib.suppress(OSError):
@@ -134,8 +144,11 @@ class _Made:
             return parts
         if not parts:
             raise self._refused(name, "it has no name")
-        if full[0] not in TOP or (len(full) == 1 and not is_folder):
-            raise self._refused(name, f"it is in none of the folders {', '.join(FOLDERS)}")
+        tops = (*TOP, *self._further)
+        if full[0] not in tops or (len(full) == 1 and not is_folder):
+            raise self._refused(
+                name, f"it is in none of the folders {', '.join(map(bytes.decode, tops))}"
+            )
         return parts
 
     def _refused(self, name: bytes, why: str) -> Invalid:
@@ -208,9 +221,12 @@ class _Made:
             self._files[parts] = described((*self._target, *parts), kernel.stat(fd), head)
 
     def _keep_link(self, member: Member, parts: Parts) -> None:
-        if not member.target or not leads_inside((*self._target, *parts), member.target):
+        if not member.target or not self._leads_inside(parts, member.target):
             raise self._refused(member.name, "it is a link that leads out of the environment")
         self._links[parts] = member.target
+
+    def _leads_inside(self, parts: Parts, target: bytes) -> bool:
+        return leads_inside((*self._target, *parts), target, self._further)
 
     def _hardlink(self, member: Member, parts: Parts) -> None:
         source = self._parts(member.target, is_folder=False)

@@ -2,6 +2,9 @@
 
 A part may come twice, since a client that did not hear of its success sends it again. So bytes
 that are there already are accepted if they are the same, and what follows them is added.
+
+Of an upload that is over, a mark stays as long as its client may ask again: what it became, or
+that it was thrown away.
 """
 
 import contextlib
@@ -9,20 +12,26 @@ import fcntl
 import os
 import re
 import time
+import zlib
 from collections.abc import AsyncGenerator, AsyncIterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Final
 
-from openinteractions.errors import Conflict, Invalid, NotFound
+import orjson
+
+from openinteractions.errors import AppError, Conflict, Invalid, NotFound
 from openinteractions.sandbox.files import staging
 from openinteractions.sandbox.files.beneath import closing, names_in
 from openinteractions.sandbox.files.site import Site
 from openinteractions.sandbox.files.streams import pour, write_all
 from openinteractions.sandbox.files.threads import in_thread
+from openinteractions.sandbox.port import Entry, UploadState
 
 _FOLDER: Final = "uploads"
 _ID: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _PRIVATE: Final = 0o600
+_MARK: Final = b".over"
+"""No id has a point in it."""
 
 
 class Part:
@@ -40,10 +49,11 @@ class Part:
         """Open and lock; the size so far.
 
         Raises:
-            NotFound: There is none, and it is not to be made.
+            NotFound: There is none, and it is not to be made; or it is over.
             Conflict: Somebody else has it open.
         """
         self.place = staging.open_private(self._site.disk, _FOLDER)
+        self._check_not_over()
         flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_CREAT if create else 0)
         try:
             self.fd = os.open(self.name, flags, _PRIVATE, dir_fd=self.place)
@@ -52,7 +62,13 @@ class Part:
             raise _missing(self.name) from None
         except BlockingIOError:
             raise Conflict("Another part of this upload is arriving right now.") from None
+        # Whoever had it until now may have been the one to end it.
+        self._check_not_over()
         return os.fstat(self.fd).st_size
+
+    def _check_not_over(self) -> None:
+        if _mark(self.place, self.name) is not None:
+            raise _missing(self.name)
 
     def seek(self, offset: int) -> None:
         """Where the next bytes belong."""
@@ -81,9 +97,11 @@ class Part:
         """How much has arrived."""
         return os.fstat(self.fd).st_size
 
-    def remove(self) -> None:
-        """Throw it away."""
-        os.unlink(self.name, dir_fd=self.place)
+    def end(self, written: Sequence[Entry]) -> None:
+        """Say what it became; what is left of it goes."""
+        _put_mark(self._site, self.place, self.name, written)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.name, dir_fd=self.place)
 
     def close(self) -> None:
         """Let it go."""
@@ -139,28 +157,63 @@ async def append(
         return await in_thread(part.size)
 
 
-def size(site: Site, upload: str) -> int:
-    """How much of an upload has arrived.
+def state(site: Site, upload: str) -> UploadState:
+    """How far an upload has come, or what became of it.
 
     Raises:
         NotFound: There is none.
     """
     name = name_of(upload)
     with closing(staging.open_private(site.disk, _FOLDER)) as place:
+        over = _mark(place, name)
+        if over is not None:
+            return over
         try:
-            return os.stat(name, dir_fd=place, follow_symlinks=False).st_size
+            size = os.stat(name, dir_fd=place, follow_symlinks=False).st_size
         except FileNotFoundError:
             raise _missing(name) from None
+    return UploadState(size_bytes=size)
 
 
 def delete(site: Site, upload: str) -> None:
-    """Throw an upload away; nothing happens if there is none."""
+    """Throw an upload away, also before it has begun; one that is over stays as it is."""
     name = name_of(upload)
-    with (
-        closing(staging.open_private(site.disk, _FOLDER)) as place,
-        contextlib.suppress(FileNotFoundError),
-    ):
-        os.unlink(name, dir_fd=place)
+    with closing(staging.open_private(site.disk, _FOLDER)) as place:
+        if _mark(place, name) is None:
+            _put_mark(site, place, name, None)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=place)
+
+
+def _mark(place: int, name: bytes) -> UploadState | None:
+    """What became of an upload; None: it is not over, or nobody knows of it."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        with os.fdopen(os.open(name + _MARK, flags, dir_fd=place), "rb") as file:
+            written = orjson.loads(zlib.decompress(file.read()))
+    except FileNotFoundError:
+        return None
+    except (zlib.error, orjson.JSONDecodeError):
+        # Its disk went down in that moment.
+        return None
+    entries = None if written is None else [Entry(**each) for each in written]
+    return UploadState(is_over=True, written=entries)
+
+
+def _put_mark(site: Site, place: int, name: bytes, written: Sequence[Entry] | None) -> None:
+    """Remember that an upload is over; where there is no room for that, it is not remembered."""
+    content = zlib.compress(orjson.dumps(None if written is None else list(written)))
+    fresh = staging.new_name() + _MARK
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with contextlib.suppress(OSError, AppError):
+        site.quota.spend(len(content))
+        try:
+            with closing(os.open(fresh, flags, _PRIVATE, dir_fd=place)) as fd:
+                write_all(fd, content)
+            os.rename(fresh, name + _MARK, src_dir_fd=place, dst_dir_fd=place)
+        except OSError:
+            os.unlink(fresh, dir_fd=place)
+            raise
 
 
 def expire(site: Site, older_than_s: float) -> int:

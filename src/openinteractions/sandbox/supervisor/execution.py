@@ -117,6 +117,7 @@ class Execution:
         self.result: dict[str, Any] | None = None
         self.started_at = time.monotonic()
         self.timed_out = self.was_killed = False
+        self._memory_kills = processes.memory_kills()
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -164,6 +165,7 @@ class Execution:
             "code": None if by_signal else os.WEXITSTATUS(status),
             "signal": os.WTERMSIG(status) if by_signal else None,
             "timed_out": self.timed_out,
+            "out_of_memory": processes.memory_kills() > self._memory_kills,
             "truncated": self.spool.is_truncated,
             "wall_s": round(time.monotonic() - self.started_at, 6),
             "output_bytes": self.spool.end,

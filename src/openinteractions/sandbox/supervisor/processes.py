@@ -18,6 +18,7 @@ import termios
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 VARIABLE = "OI_EXECUTION"
 _LIMIT_BASE = 1 << 48
@@ -35,6 +36,19 @@ _SPAWN_ATTEMPTS = 40
 _SPAWN_PAUSE_S = 0.005
 _MORE_OOM_SCORE = 300
 _MAX_OOM_SCORE = 1000
+_OOM_COUNTERS = ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control")
+"""Of cgroup v2, and of v1."""
+
+
+def memory_kills() -> int:
+    """How many processes of this sandbox were killed for want of memory; 0 if nobody counts."""
+    for path in _OOM_COUNTERS:
+        with contextlib.suppress(OSError, ValueError):
+            for line in Path(path).read_text("ascii").splitlines():
+                name, _, count = line.partition(" ")
+                if name == "oom_kill":
+                    return int(count)
+    return 0
 
 
 class Marker:

@@ -266,7 +266,8 @@ class Cell(Execution):
         self.started_at = time.monotonic()
         self._limit_time()
         answer = await session.run(self)
-        if answer is None or answer.get("is_over"):
+        is_over = answer is None or bool(answer.get("is_over"))
+        if is_over:
             await self._sessions.end(self._name, session)
         answer = answer or {"cpu_s": session.cpu_s - before_s}
         session.cpu_s = before_s + _number(answer.get("cpu_s"))
@@ -276,6 +277,7 @@ class Cell(Execution):
         self._finish(
             status,
             is_fresh_session=is_fresh,
+            has_ended_session=is_over,
             cpu_s=_number(answer.get("cpu_s")),
             max_rss_bytes=int(_number(answer.get("max_rss_bytes"))),
         )
