@@ -95,6 +95,12 @@ def _merge(step: dict[str, Any], delta: dict[str, Any]) -> None:
             step["signature"] = delta["signature"]
         case "arguments_delta":
             step["_arguments"] = step.get("_arguments", "") + delta["arguments"]
+        case "code_execution_result":
+            # Our addition: `content` has the blocks, where there is more than a text.
+            assert step["result"] == ""
+            text, blocks = delta.pop("result"), delta.pop("content", None)
+            assert blocks is None or text == "".join(block.get("text", "") for block in blocks)
+            step.update(delta, result=text if blocks is None else blocks)
         case _:
             step.update(delta)
 

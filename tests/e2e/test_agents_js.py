@@ -14,7 +14,13 @@ from tests.sandbox.engine import DockerEngine
 
 __all__ = ["node"]
 
-_TESTS = 3
+_TESTS = 4
+DRAWING = """
+import matplotlib.pyplot as plt
+plt.plot([1, 2])
+plt.savefig("line.png")
+print("drawn")
+"""
 
 
 def call(name: str, call_id: str, /, **arguments: Any) -> ToolCall:
@@ -36,6 +42,13 @@ def script(received: Received) -> Reply:
     if "Multiply" in str(messages):
         program = call("write_file", "c1", path="/workspace/six.py", content="print(6 * 7)\n")
         return answer("It printed 42.") if results else calls(program, bash("c2", "python3 six.py"))
+    if "Draw" in str(messages):
+        steps = (
+            calls(call("code_execution", "c1", language="python", code=DRAWING)),
+            calls(call("view_image", "c2", path="/workspace/line.png")),
+            answer("A line."),
+        )
+        return steps[len(results)]
     match len(results):
         case 0:
             note = bash("c1", "echo tea: asked > note.txt; echo noted")

@@ -152,10 +152,16 @@ async def test_the_python_sdk_async(own: Own) -> None:
 
 
 def test_what_the_sdk_read_can_be_written_back(own: Own, its_client: Client) -> None:
-    """A change of one field, made from an answer of the SDK."""
+    """A whole answer of the SDK changes nothing; then one field of it."""
     here = its_client.agents
-    here.create(id="back", base_agent=BASE, **FULL)
+    made = here.create(id="back", base_agent=BASE, **FULL)
     path = "/v1beta/agents/back"
+    answer = made.model_dump(mode="json", exclude_none=True)
+    # A secret that was lost would be a change.
+    assert wire.call(own, "PATCH", path, answer).json()["version"] == 1
+    masked = wire.call(own, "PATCH", f"{path}?updateMask=tools", {**answer, "description": "x"})
+    assert masked.json() == wire.call(own, "GET", path).json()
+    assert (masked.json()["version"], masked.json()["description"]) == (1, made.description)
     change = {"id": "back", "system_instruction": "Be kinder.", "description": None}
     changed = wire.call(own, "PATCH", path, change).json()
     assert (changed["version"], changed["system_instruction"]) == (2, "Be kinder.")

@@ -17,8 +17,8 @@ def created(body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     return parse_create(orjson.dumps(body), max_depth=50)
 
 
-def changed(body: Any, name: str = "a") -> Change:
-    return parse_update(orjson.dumps(body), name, max_depth=50)
+def changed(body: Any, name: str = "a", mask: str | None = None) -> Change:
+    return parse_update(orjson.dumps(body), name, update_mask=mask, max_depth=50)
 
 
 def refused(body: dict[str, Any]) -> str:
@@ -152,6 +152,240 @@ def test_a_null_inside_a_given_field_is_as_absent_as_in_a_create():
 def test_updates_that_are_refused(body: Any, told: str):
     with pytest.raises(Invalid) as raised:
         changed(body)
+    assert told in raised.value.message
+
+
+# ---- what a change does not name
+
+
+HIDDEN = {
+    "base_agent": "antigravity",
+    "tools": [{**MCP, "url": "https://u:pw@h/mcp?key=SECRET", "credential": "c"}],
+    "base_environment": {
+        "type": "remote",
+        "sources": [
+            {"type": "inline", "target": "a.txt", "content": "SECRET"},
+            {"type": "inline", "target": "b.bin", "content": "U0VDUkVU", "encoding": "base64"},
+            {"type": "repository", "target": "r", "source": "https://u:SECRET@git.example.com/r"},
+        ],
+        "network": {
+            "allowlist": [
+                {"domain": "a.example.com", "transform": {"X": "SECRET"}},
+                {"domain": "b.example.com", "credential": "SECRET"},
+                {"domain": "b.example.com", "transform": [{"Y": "SECRET"}]},
+                {"domain": "open.example.com"},
+            ]
+        },
+        "env": {"A": "SECRET", "B": {"credential": "SECRET"}},
+    },
+}
+
+
+def after(**fields: Any) -> Any:
+    return changed(fields).over(HIDDEN)
+
+
+def shown_environment() -> Any:
+    return public(HIDDEN)["base_environment"]
+
+
+def test_what_is_shown_can_be_sent_back():
+    shown = public(HIDDEN)
+    assert "SECRET" not in str(shown)
+    assert after(**shown) == HIDDEN
+
+
+def test_what_is_hidden_stays_where_something_else_changes():
+    environment = shown_environment()
+    environment["network"]["allowlist"].reverse()
+    environment["network"]["allowlist"].append({"domain": "new.example.com"})
+    del environment["sources"][1]
+    environment["sources"].append({"type": "inline", "target": "new.txt", "content": "new"})
+    found = after(base_environment=environment)["base_environment"]
+    was = HIDDEN["base_environment"]
+    hosts = was["network"]["allowlist"]
+    # Of two rules for a host, the first one is the first one again.
+    assert found["network"]["allowlist"] == [
+        hosts[3],
+        hosts[1],
+        hosts[2],
+        hosts[0],
+        {"domain": "new.example.com"},
+    ]
+    assert found["sources"] == [was["sources"][0], was["sources"][2], environment["sources"][-1]]
+    assert found["env"] == was["env"]
+    least = after(base_environment={"type": "remote"})["base_environment"]
+    assert least == {"type": "remote", "env": was["env"]}
+
+
+def test_a_new_value_replaces_and_the_others_stay():
+    environment = shown_environment()
+    environment["sources"][0]["content"] = "new"
+    environment["sources"][1] |= {"content": "new", "encoding": "utf-8"}
+    environment["sources"][2]["source"] = "https://v:new@git.example.com/r"
+    environment["network"]["allowlist"][0]["transform"] = {"Z": "new"}
+    environment["network"]["allowlist"][1]["transform"] = {"Z": "new"}
+    environment["env"] = [{"B": "new"}, {"C": "new"}]
+    found = after(base_environment=environment)["base_environment"]
+    assert found["sources"] == environment["sources"]
+    assert found["network"]["allowlist"][:2] == [
+        {"domain": "a.example.com", "transform": {"Z": "new"}},
+        {"domain": "b.example.com", "transform": {"Z": "new"}, "credential": "SECRET"},
+    ]
+    assert found["env"] == {"A": {"value": "SECRET"}, "B": {"value": "new"}, "C": {"value": "new"}}
+    headers = {"Y": "new"}
+    (tool,) = after(tools=[{**public(HIDDEN)["tools"][0], "headers": headers}])["tools"]
+    assert tool == {**HIDDEN["tools"][0], "headers": headers}
+
+
+def test_a_form_of_the_variables_is_kept_where_it_says_all_of_them():
+    env = [{"A": "1"}, {"B": "2"}]
+    assert after(base_environment={"type": "remote", "env": env})["base_environment"]["env"] == env
+
+
+@pytest.mark.parametrize(
+    ("env", "left"),
+    [
+        (None, None),
+        ({}, None),
+        ([], None),
+        ({"A": None}, {"B": {"credential": "SECRET"}}),
+        ([{"A": None}], {"B": {"credential": "SECRET"}}),
+        ({"A": None, "B": None}, None),
+        ({"A": None, "B": "new"}, {"B": "new"}),
+        ({"absent": None}, HIDDEN["base_environment"]["env"]),
+        ({"A": ""}, {"A": {"value": ""}, "B": {"credential": "SECRET"}}),
+    ],
+)
+def test_null_and_empty_variables_go(env: Any, left: Any):
+    found = after(base_environment={"type": "remote", "env": env})["base_environment"]
+    assert found == {"type": "remote"} | ({} if left is None else {"env": left})
+
+
+@pytest.mark.parametrize("empty", [None, {}])
+def test_null_and_empty_headers_go(empty: Any):
+    tool = public(HIDDEN)["tools"][0]
+    (found,) = after(tools=[{**tool, "headers": empty}])["tools"]
+    assert found == {key: value for key, value in HIDDEN["tools"][0].items() if key != "headers"}
+    environment = shown_environment()
+    environment["network"]["allowlist"][0]["transform"] = empty
+    hosts = after(base_environment=environment)["base_environment"]["network"]["allowlist"]
+    assert hosts == [
+        {"domain": "a.example.com"},
+        *HIDDEN["base_environment"]["network"]["allowlist"][1:],
+    ]
+
+
+def test_null_credentials_and_contents_go():
+    tool = {**public(HIDDEN)["tools"][0], "credential": None}
+    assert "credential" not in after(tools=[tool])["tools"][0]
+    environment = shown_environment()
+    environment["network"]["allowlist"][1]["credential"] = None
+    environment["sources"][0]["content"] = None
+    found = after(base_environment=environment)["base_environment"]
+    assert found["network"]["allowlist"][1] == {"domain": "b.example.com"}
+    assert found["sources"][0] == {"type": "inline", "target": "a.txt"}
+
+
+def test_an_empty_content_is_one():
+    environment = shown_environment()
+    environment["sources"][0]["content"] = ""
+    found = after(base_environment=environment)["base_environment"]["sources"][0]
+    assert found == {"type": "inline", "target": "a.txt", "content": ""}
+
+
+@pytest.mark.parametrize(
+    "moved",
+    [
+        {"url": "https://elsewhere.example.com/mcp"},
+        {"url": "http://h/mcp"},
+        {"url": "https://h/mcp/other"},
+        {"name": "other"},
+    ],
+)
+def test_a_tools_secrets_do_not_go_to_another_address(moved: Any):
+    (found,) = after(tools=[{**public(HIDDEN)["tools"][0], **moved}])["tools"]
+    assert "SECRET" not in str(found)
+    assert "credential" not in found
+
+
+@pytest.mark.parametrize(
+    ("where", "index", "moved"),
+    [
+        ("sources", 0, {"target": "other"}),
+        ("sources", 1, {"encoding": None}),
+        ("sources", 2, {"target": "other"}),
+        ("sources", 2, {"source": "https://evil.example.com/r"}),
+        ("allowlist", 0, {"domain": "evil.example.com"}),
+        ("allowlist", 0, {"domain": "*.a.example.com"}),
+        ("allowlist", 3, {"domain": "evil.example.com"}),
+    ],
+)
+def test_what_is_hidden_goes_nowhere_else(where: str, index: int, moved: Any):
+    environment = shown_environment()
+    items = environment["sources"] if where == "sources" else environment["network"]["allowlist"]
+    items[index] |= moved
+    environment["env"] = None
+    found = after(base_environment=environment)["base_environment"]
+    now = found["sources"] if where == "sources" else found["network"]["allowlist"]
+    assert not {"content", "transform", "credential"} & now[index].keys()
+    assert "SECRET" not in str(now[index])
+    assert "U0VDUkVU" not in str(now[index])
+
+
+def test_an_environment_of_another_kind_replaces_all():
+    for environment in ("remote", "0" * 32):
+        assert after(base_environment=environment)["base_environment"] == environment
+    for before in ({}, {"base_environment": "remote"}):
+        given = {"type": "remote", "env": {"A": "1"}}
+        assert changed({"base_environment": given}).over(before)["base_environment"] == given
+    assert "base_environment" not in after(base_environment=None)
+
+
+def test_wrong_variables_are_told():
+    for env, told in (
+        ({"1A": "x"}, "Invalid name '1A' at 'env'"),
+        ([{"A": "x"}, {"A": "y"}], "Duplicate name 'A' at 'env'"),
+        ({"A": {}}, "Invalid value at 'env.A'"),
+        ({"A": {"value": None}}, "'base_environment.env.A.value': expected a string"),
+    ):
+        with pytest.raises(Invalid) as raised:
+            after(base_environment={"type": "remote", "env": env})
+        assert told in raised.value.message
+
+
+def test_what_cannot_be_set_must_be_as_it_is():
+    shown = {"version": 3, "created": "2026-01-01T00:00:00Z", "updated": "2026-01-02T00:00:00Z"}
+    change = changed({**shown, "description": "x"})
+    assert change.given == {"description": "x"}
+    change.check(shown)
+    changed({"version": None}).check(shown)
+    for name, value in (("version", 2), ("created", "2020-01-01T00:00:00Z"), ("updated", "")):
+        with pytest.raises(Invalid, match=f"at '{name}': it is .*cannot be set.*read it again"):
+            changed({name: value}).check(shown)
+
+
+def test_an_update_mask_chooses():
+    body = {"description": "x", "system_instruction": None, "tools": None, "version": 7}
+    change = changed(body, mask="description, tools")
+    assert (change.given, change.removed, change.seen) == ({"description": "x"}, {"tools"}, {})
+    assert changed(body, mask="system_instruction").given == {}
+
+
+@pytest.mark.parametrize(
+    ("mask", "told"),
+    [
+        ("descripton", "Unknown path 'descripton' in 'update_mask'. Did you mean 'description'?"),
+        ("description,", "Unknown path '' in 'update_mask'."),
+        ("*", "Unknown path '*' in 'update_mask'."),
+        ("id", "Unknown path 'id' in 'update_mask'."),
+        ("version", "Unknown path 'version' in 'update_mask'."),
+        ("description,tools", "'update_mask' names 'tools', which the body does not have."),
+    ],
+)
+def test_wrong_masks(mask: str, told: str):
+    with pytest.raises(Invalid) as raised:
+        changed({"id": "a", "version": 1, "description": "x"}, mask=mask)
     assert told in raised.value.message
 
 

@@ -7,6 +7,7 @@ is only a short cut: a reader that falls behind, or misses a number, reads the l
 
 import asyncio
 import contextlib
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Sequence
 from contextlib import asynccontextmanager
@@ -27,6 +28,8 @@ CHANNEL = "oi_events"
 _BATCH_ROWS = 200
 _BACKLOG = 256
 _SAFETY_POLL_S = 1.0
+_QUIET_S = 30.0
+"""Between two words about the same trouble."""
 _NOTIFY_BYTES = 7900
 _HEX = 32
 
@@ -170,12 +173,15 @@ async def listen(
         received: Called with each payload.
         reconnected: Called after each connect: what came before may have been missed.
     """
+    next_word = 0.0
     while True:
         try:
             connection = await database.dedicated()
         except (*LOST, asyncpg.PostgresError) as error:
             # Also a password that was changed, or a database that is being restored.
-            _log.warning("events.listener_refused", channel=channel, error=type(error).__name__)
+            if time.monotonic() >= next_word:
+                next_word = time.monotonic() + _QUIET_S
+                _log.warning("events.listener_refused", channel=channel, error=type(error).__name__)
             await asyncio.sleep(_SAFETY_POLL_S)
             continue
         closed = asyncio.Event()

@@ -9,8 +9,8 @@ from pydantic import AfterValidator, Field, Tag, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
 from openinteractions.errors import Invalid
-from openinteractions.wire import check
-from openinteractions.wire.body import read
+from openinteractions.wire import check, hidden
+from openinteractions.wire.body import chosen, read
 from openinteractions.wire.environment import Environment, named_in
 from openinteractions.wire.explain import validated
 from openinteractions.wire.fields import BY_TYPE, FIRST_FAULT, LOWER, REQUEST, Json, refusal
@@ -131,10 +131,17 @@ class CreateAgentBody(TypedDict, total=False):
 
 @with_config({**REQUEST, "title": "UpdateAgent"})
 class UpdateAgentBody(TypedDict, total=False):
-    """What changes of an agent: it becomes a new version. An optional field that is null goes."""
+    """What changes of an agent: it becomes a new version. An optional field that is null goes.
+
+    What answers do not show stays where the body does not name it.
+    """
 
     id: str
     """Must be the agent's own, if it is there."""
+    version: int
+    """Cannot be set: must be the current one, if it is there, as must be the times."""
+    created: str
+    updated: str
     base_agent: BaseAgent
     description: Description
     system_instruction: Instruction
@@ -146,7 +153,12 @@ class UpdateAgentBody(TypedDict, total=False):
 CREATE: TypeAdapter[CreateAgentBody] = TypeAdapter(CreateAgentBody)
 UPDATE: TypeAdapter[UpdateAgentBody] = TypeAdapter(UpdateAgentBody)
 _ANY_OBJECT: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
-_OPTIONAL = frozenset(UpdateAgentBody.__annotations__) - {"id", "base_agent"}
+_READ_ONLY = ("version", "created", "updated")
+_OPTIONAL = tuple(
+    name
+    for name in UpdateAgentBody.__annotations__
+    if name not in ("id", "base_agent", *_READ_ONLY)
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,11 +167,39 @@ class Change:
 
     given: Json = field(repr=False)
     removed: frozenset[str]
+    seen: Json
+    """What the body repeats of an answer, and what cannot be set."""
+    nulls: hidden.Nulls = frozenset()
+
+    def check(self, shown: Json) -> None:
+        """See that what cannot be set is as answers show it.
+
+        Raises:
+            Invalid: It is not.
+        """
+        for name, value in self.seen.items():
+            if value != shown[name]:
+                raise Invalid(
+                    f"Invalid value at '{name}': it is {shown[name]!r}, and cannot be set. The "
+                    "agent may have changed since it was read: read it again, or leave this out."
+                )
 
     def over(self, definition: Json) -> Json:
-        """A definition with the change applied."""
+        """A definition with the change applied.
+
+        Raises:
+            Invalid: A variable of the environment is wrong.
+        """
         kept = {name: value for name, value in definition.items() if name not in self.removed}
-        return kept | self.given
+        given = dict(self.given)
+        if "tools" in given:
+            before = definition.get("tools", ())
+            given["tools"] = hidden.tools(given["tools"], before, self.nulls)
+        if "base_environment" in given:
+            given["base_environment"] = hidden.environment(
+                given["base_environment"], definition.get("base_environment"), self.nulls
+            )
+        return kept | given
 
 
 def parse_create(raw: bytes, *, max_depth: int) -> tuple[str, Json]:
@@ -174,8 +214,16 @@ def parse_create(raw: bytes, *, max_depth: int) -> tuple[str, Json]:
     return name, body
 
 
-def parse_update(raw: bytes, agent_id: str, *, max_depth: int) -> Change:
+def parse_update(
+    raw: bytes, agent_id: str, *, update_mask: str | None = None, max_depth: int
+) -> Change:
     """Read and validate the body of an update of an agent.
+
+    Args:
+        raw: The body. Fields that it does not have stay as they are.
+        agent_id: Whose.
+        update_mask: Names of fields, with commas between them: only these are changed.
+        max_depth: How deep the JSON may be nested.
 
     Raises:
         Invalid: The first and most useful thing that is wrong with it.
@@ -184,12 +232,21 @@ def parse_update(raw: bytes, agent_id: str, *, max_depth: int) -> Change:
     given = read(_ANY_OBJECT, raw, max_depth=max_depth)
     if "base_agent" in given and given["base_agent"] is None:
         raise Invalid("'base_agent' can be changed, but not removed.")
-    removed = frozenset(name for name in _OPTIONAL & given.keys() if given[name] is None)
+    nulls = frozenset(hidden.nulls(given))
+    if "base_environment" in given:
+        environment = hidden.without_null_variables(given["base_environment"])
+        given = {**given, "base_environment": environment}
     body = cast("Json", validated(UPDATE, read(UPDATE, given, max_depth=max_depth)))
     if body.pop("id", agent_id) != agent_id:
         raise Invalid(f"Invalid value at 'id': it is '{agent_id}', and that cannot be changed.")
+    seen = {name: body.pop(name) for name in _READ_ONLY if name in body}
+    removed = frozenset(name for name in _OPTIONAL if (name,) in nulls)
+    if update_mask:
+        names = chosen(update_mask, known=("base_agent", *_OPTIONAL), body=given)
+        body = {name: value for name, value in body.items() if name in names}
+        removed, seen = removed & names, {}
     _combinations(body)
-    return Change(body, removed)
+    return Change(body, removed, seen, nulls)
 
 
 def _combinations(body: Json) -> None:

@@ -1,13 +1,13 @@
 """Request bodies: from bytes to a JSON object of bounded size and depth."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import orjson
 from pydantic import TypeAdapter
 
 from openinteractions.errors import Invalid
-from openinteractions.wire.explain import drop_nulls
+from openinteractions.wire.explain import drop_nulls, likeness, shown
 from openinteractions.wire.fields import Json
 
 MAX_CONTAINERS = 300_000
@@ -45,6 +45,26 @@ def read(adapter: TypeAdapter[Any], raw: bytes | Json, *, max_depth: int) -> Jso
     if b"null" in text:
         drop_nulls(adapter, body)
     return body
+
+
+def chosen(mask: str, *, known: Sequence[str], body: Json) -> frozenset[str]:
+    """The fields that an update mask names.
+
+    Args:
+        mask: Names, with commas between them.
+        known: The fields that can be changed.
+        body: What the mask is for.
+
+    Raises:
+        Invalid: It names another one, or one that the body does not have.
+    """
+    names = [part.strip() for part in mask.split(",")]
+    for name in names:
+        if name not in known:
+            raise Invalid(f"Unknown path '{shown(name)}' in 'update_mask'.{likeness(name, known)}")
+        if name not in body:
+            raise Invalid(f"'update_mask' names '{shown(name)}', which the body does not have.")
+    return frozenset(names)
 
 
 def _check_depth(body: Json, max_depth: int) -> None:

@@ -11,8 +11,8 @@ from pydantic import AfterValidator, Field, Tag, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
 from openinteractions.errors import Invalid
-from openinteractions.wire.body import read
-from openinteractions.wire.explain import likeness, shown, validated
+from openinteractions.wire.body import chosen, read
+from openinteractions.wire.explain import validated
 from openinteractions.wire.fields import (
     BY_SHAPE,
     BY_TYPE,
@@ -370,12 +370,5 @@ def _content(body: Json) -> Content:
 
 
 def _masked(body: Json, mask: str) -> Json:
-    kept: Json = {"type": body["type"]}
-    known = _FIELDS[body["type"]]
-    for path in (part.strip() for part in mask.split(",")):
-        if path not in known:
-            raise Invalid(f"Unknown path '{shown(path)}' in 'update_mask'.{likeness(path, known)}")
-        if path not in body:
-            raise Invalid(f"'update_mask' names '{shown(path)}', which the body does not have.")
-        kept[path] = body[path]
-    return kept
+    names = chosen(mask, known=_FIELDS[body["type"]], body=body)
+    return {name: value for name, value in body.items() if name in names or name == "type"}

@@ -6,7 +6,7 @@ a step comes back.
 """
 
 import binascii
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, cast
 
 import orjson
@@ -23,6 +23,9 @@ _NAMED = {
     "mcp_server_tool_call": ("name", "server_name"),
     "mcp_server_tool_result": ("name", "server_name"),
 }
+_CODE_RESULT = "code_execution_result"
+# The SDK's delta types of these steps require a result, whatever the step has.
+_RESULT_REQUIRED: Mapping[str, object] = {_CODE_RESULT: "", "file_search_result": []}
 AT_STOP: Final = ("usage", "step_usage")
 """Keys of a step that a stream shows with its `step.stop`: they are known only then."""
 # Formats whose chunks can be put one behind the other; a WAV file has a header.
@@ -64,9 +67,9 @@ def step_deltas(step: Json) -> list[Json]:
         return [{"type": "arguments_delta", "arguments": arguments}]
     keys = (*_CARRIED, *_NAMED.get(kind, ()))
     carried = {key: step[key] for key in keys if key in step}
-    if _shown_at_start(kind, step.get("result")):
-        del carried["result"]
-    return [{"type": kind, **carried}]
+    if kind in _RESULT_REQUIRED:
+        carried = {"result": _RESULT_REQUIRED[kind], **carried}
+    return [{"type": kind, **_with_blocks_apart(kind, carried)}]
 
 
 def units(delta: Json) -> int:
@@ -162,14 +165,19 @@ def _without_list(step: Json, key: str) -> Json:
 
 
 def _emptied(kind: str, key: str, value: Any) -> Any:  # noqa: ANN401 - any JSON
-    if key == "result" and _shown_at_start(kind, value):
-        return value
-    return "" if value is None else type(value)()
+    if value is None or (kind == _CODE_RESULT and key == "result"):
+        return ""
+    return type(value)()
 
 
-def _shown_at_start(kind: str, result: object) -> bool:
-    # The contract's delta of this step has a string only; its step may have blocks.
-    return kind == "code_execution_result" and isinstance(result, list)
+def _with_blocks_apart(kind: str, carried: Json) -> Json:
+    """The fields of a delta whose `result` can be a string only, its blocks beside it."""
+    result = carried.get("result")
+    if kind != _CODE_RESULT or not isinstance(result, list):
+        return carried
+    blocks = cast("list[Json]", result)
+    text = "".join(block.get("text", "") for block in blocks if _is_text(block))
+    return {**carried, "result": text, "content": blocks}
 
 
 def _content_deltas(blocks: Sequence[Json]) -> list[Json]:
@@ -249,7 +257,14 @@ def _add_arguments(step: Json, fragment: str) -> None:
 
 
 def _overwrite(step: Json, delta: Json) -> None:
+    if delta["type"] == _CODE_RESULT and "content" in delta:
+        delta = {key: value for key, value in delta.items() if key != "content"} | {
+            "result": delta["content"]
+        }
     for key, value in delta.items():
         if key == "type" or (key == "signature" and not value and step.get("signature")):
+            continue
+        if key == "result" and not value and key not in step:
+            # The delta has to have one; the step has none, or its start would show it.
             continue
         step[key] = value

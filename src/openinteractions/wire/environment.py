@@ -113,8 +113,8 @@ def variables(env: Json | list[Json]) -> dict[str, Json]:
     for name, value in (pair for one in maps for pair in one.items()):
         if not _VARIABLE.fullmatch(name):
             raise Invalid(
-                f"Invalid name '{shown(name)}' at 'env': expected letters, digits and '_', "
-                "no digit first."
+                f"Invalid name '{shown(name)}' at 'env': expected at most 255 letters, "
+                "digits and '_', no digit first."
             )
         if name in found:
             raise Invalid(f"Duplicate name '{shown(name)}' at 'env'.")

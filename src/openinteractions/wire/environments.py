@@ -143,7 +143,7 @@ class NetworkEvent(BaseModel):
     rule: str | None = None
     """The domain of the allowlist's entry that matched."""
     credential: str | None = None
-    """The id of the credential that was added."""
+    """The id of the credential that was added; of several, all with commas between."""
     status: int | None = None
     """The other side's answer; only where the connection is opened."""
     bytes_up: str

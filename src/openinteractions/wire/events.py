@@ -25,6 +25,7 @@ _SUBSET = (
     "service_tier",
     "environment_id",
     "usage",
+    "warnings",
     "continuation_token",
 )
 

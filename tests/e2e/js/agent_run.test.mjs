@@ -46,6 +46,35 @@ function check(steps) {
   assert.deepEqual([ran.call_id, ran.result], [run.id, "42\n"]);
 }
 
+/** The steps of a stream, put together as the contract says and decision 0012 adds. */
+function rebuilt(events) {
+  const steps = [];
+  for (const event of events) {
+    if (event.event_type === "step.start") steps[event.index] = structuredClone(event.step);
+    if (event.event_type === "step.stop") {
+      const { usage, step_usage } = event;
+      Object.assign(steps[event.index], usage && { usage }, step_usage && { step_usage });
+    }
+    if (event.event_type !== "step.delta") continue;
+    const step = steps[event.index];
+    const { type, ...rest } = event.delta;
+    if (type === "text") {
+      step.content ??= [{ type, text: "" }];
+      step.content[0].text += rest.text;
+    } else if (type === "arguments_delta") {
+      step.arguments = JSON.parse(rest.arguments);
+    } else if (type === "code_execution_result") {
+      const { content, ...plain } = rest;
+      assert.equal(step.result, "");
+      assert.equal(typeof plain.result, "string");
+      Object.assign(step, plain, content && { result: content });
+    } else {
+      Object.assign(step, rest);
+    }
+  }
+  return steps;
+}
+
 test("in the background, polled", async () => {
   const started = await interactions.create({
     agent,
@@ -94,6 +123,34 @@ test("streamed: every step, as it comes", async () => {
   const seen = await interactions.get(last.interaction.id);
   check(seen.steps.filter((s) => s.type !== "user_input"));
   assert.equal(await written(seen.environment_id), program);
+});
+
+test("streamed: pictures, from code and from files", async () => {
+  const stream = await interactions.create({
+    agent,
+    input: "Draw a line.",
+    environment: "remote",
+    stream: true,
+  });
+  const events = [];
+  for await (const event of stream) events.push(event);
+  const { id } = events.at(-1).interaction;
+  const seen = (await interactions.get(id)).steps.filter((s) => s.type !== "user_input");
+  assert.deepEqual(kinds(seen), [
+    "code_execution_call",
+    "code_execution_result",
+    "function_call view_image",
+    "function_result view_image",
+    "model_output",
+  ]);
+  for (const at of [1, 3]) {
+    const picture = seen[at].result.find((block) => block.type === "image");
+    assert.match(picture.data, /^iVBOR/);
+  }
+  assert.deepEqual(rebuilt(events), seen);
+  const replayed = [];
+  for await (const event of await interactions.get(id, { stream: true })) replayed.push(event);
+  assert.deepEqual(replayed, events);
 });
 
 test("a function of the client's is waited for, beside tools of the server's", async () => {

@@ -384,8 +384,10 @@ async def test_a_change_that_fails_leaves_no_copy(calls: Calls, change: dict[str
     await calls.agent(SOURCED)
     await calls.call()
     disks = await calls.stand.disks.list()
-    with pytest.raises(Invalid):
+    with pytest.raises(Invalid) as caught:
         await calls.call(environment={"type": "remote", **change})
+    if "sources" in change:
+        assert "'environment.sources[" in caught.value.message
     assert await calls.living() == 2
     assert await calls.stand.disks.list() == disks
 
@@ -393,7 +395,7 @@ async def test_a_change_that_fails_leaves_no_copy(calls: Calls, change: dict[str
 async def test_a_template_that_cannot_be_made_leaves_nothing(calls: Calls):
     late = [inline("x", "workspace/ok.txt"), inline("x", "workspace/ok.txt/under")]
     await calls.agent({"type": "remote", "sources": late})
-    with pytest.raises(Invalid, match=r"Cannot set up 'sources\[1\]'"):
+    with pytest.raises(Invalid, match=r"Cannot set up 'base_environment\.sources\[1\]'"):
         await calls.call()
     assert (await calls.living(), await calls.template()) == (0, None)
     assert await calls.stand.disks.list() == []

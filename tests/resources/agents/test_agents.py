@@ -277,7 +277,10 @@ async def test_the_base_environment_must_be_there(server: Server):
         ({"network": {"allowlist": [{"domain": "a.com", "credential": "no"}]}}, "does not exist"),
         ({"env": {"1A": "x"}}, "Invalid name '1A' at 'env'"),
         ({"env": {"A": {"credential": "no"}}}, "does not exist"),
-        ({"sources": [{"type": "inline", "target": "/", "content": ""}]}, "sources[0].target"),
+        (
+            {"sources": [{"type": "inline", "target": "/", "content": ""}]},
+            "'base_environment.sources[0].target'",
+        ),
         ({"sources": [{"type": "gcs", "target": "home/a", "source": "x"}]}, "gs://"),
         ({"sources": [{"type": "skill_registry", "target": "home/a", "source": "x"}]}, "no skills"),
     ],
@@ -340,6 +343,51 @@ async def test_secrets_last_through_a_change_of_something_else(server: Server):
     assert SECRET not in str(answer)
     found = await find(server, "mine")
     assert (found.version, found.tools, found.base_environment) == (2, [MCP], CONFIG)
+
+
+async def test_an_answer_with_a_change_in_it_is_a_body_and_loses_no_secret(server: Server):
+    inline = {"type": "inline", "target": "workspace/a", "content": SECRET}
+    base = {**CONFIG, "sources": [inline]}
+    answer = await made(server, tools=[MCP], base_environment=base, description="one")
+    assert await patched(server, "mine", **answer) == answer
+    answer["base_environment"]["network"]["allowlist"].append({"domain": "b.example.com"})
+    again = await patched(server, "mine", **answer)
+    assert SECRET not in str(again)
+    assert again["version"] == 2
+    found = await find(server, "mine")
+    assert found.tools == [MCP]
+    rules = [*CONFIG["network"]["allowlist"], {"domain": "b.example.com"}]
+    assert found.base_environment == {**base, "network": {"allowlist": rules}}
+    # One that was read before that change does not undo it.
+    told = await refused(server, "PATCH", "agents/mine", {**answer, "description": "x"})
+    assert told.startswith("Invalid value at 'version': it is 2, and cannot be set.")
+    cleared = {"type": "remote", "env": {"TOKEN": None}}
+    await patched(server, "mine", base_environment=cleared)
+    assert (await find(server, "mine")).base_environment == {"type": "remote"}
+    assert (await find(server, "mine@2")).base_environment == found.base_environment
+
+
+async def test_a_content_that_nobody_has_is_missed(server: Server):
+    inline = {"type": "inline", "target": "workspace/a", "content": "x"}
+    await made(server, base_environment={"type": "remote", "sources": [inline]})
+    for changed in ({"target": "workspace/b"}, {"content": None}):
+        source = {"type": "inline", "target": "workspace/a", **changed}
+        body = {"base_environment": {"type": "remote", "sources": [source]}}
+        assert "'content'" in await refused(server, "PATCH", "agents/mine", body)
+
+
+async def test_an_update_mask_chooses(server: Server):
+    first = await made(server, description="one", system_instruction="Be kind.")
+    body = {"description": "two", "system_instruction": None, "version": 7}
+    for name in ("update_mask", "updateMask"):
+        body["description"] += "!"
+        path = f"agents/mine?{name}=description"
+        status, answer = await server.call("PATCH", path, body)
+        assert (status, answer["description"]) == (200, body["description"])
+        assert answer["system_instruction"] == "Be kind."
+    told = await refused(server, "PATCH", "agents/mine?update_mask=version", body)
+    assert told == "Unknown path 'version' in 'update_mask'."
+    assert (await got(server, "agents/mine"))["version"] == first["version"] + 2
 
 
 async def test_nothing_is_sealed_where_there_is_no_secret(server: Server):

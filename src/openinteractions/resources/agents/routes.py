@@ -111,15 +111,24 @@ async def get_agent(request: Request, caller: CallerDep, agent_id: str) -> Respo
     responses={200: json_response(Agent), **ERRORS},
     openapi_extra=json_body("UpdateAgent"),
 )
-async def update_agent(request: Request, caller: CallerDep, agent_id: str) -> Response:
+async def update_agent(
+    request: Request, caller: CallerDep, agent_id: str, *, update_mask: str | None = None
+) -> Response:
     """Make a new version of an agent: what the body names changes, what is null goes.
 
-    Calls that pin an earlier version, as `<id>@<version>`, go on with that one. An addition to the
-    contract.
+    `update_mask` names the only fields of the body to change, with commas between them. What
+    answers do not show stays where the body does not name it; an answer with changes in it is a
+    good body. Calls that pin an earlier version, as `<id>@<version>`, go on with that one. An
+    addition to the contract.
     """
     name = agent_id.removeprefix("agents/")
     depth = request.app.state.limits.max_json_depth
-    change = parse_update(await _body(request), name, max_depth=depth)
+    change = parse_update(
+        await _body(request),
+        name,
+        update_mask=update_mask or request.query_params.get("updateMask"),
+        max_depth=depth,
+    )
     return _json(await _agents(request).update(caller.project_id, name, change))
 
 

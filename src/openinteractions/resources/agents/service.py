@@ -148,12 +148,14 @@ class Agents:
 
         Raises:
             NotFound: The project has none of this id, or the base environment is not there.
-            Invalid: Something that the definition names is not there, or cannot be had.
+            Invalid: Something that the definition names is not there, or cannot be had; or the
+                change was made from an older answer.
         """
         if "@" in agent_id:
             raise Invalid("A version cannot be changed: leave '@' and what follows out.")
         for _ in range(_TRIES):
             row = await self._find(project_id, agent_id)
+            change.check(_shown(row))
             before = self._opened(project_id, row)
             definition = change.over(before)
             if definition == before:
@@ -215,7 +217,7 @@ class Agents:
         Raises:
             Invalid: A source, the network or a variable is wrong; nothing is left behind.
             NotFound: The environment that is named, or that is to be copied, is not there.
-            TooMany: The project has as many as it may.
+            QuotaReached: The project has as many as it may.
             Unready: No broker can make it.
         """
         if isinstance(override, str) and override.lower() != _REMOTE:
@@ -232,7 +234,9 @@ class Agents:
         if parent is None and config.get("sources"):
             return await self._copy(project_id, definition, config, change)
         try:
-            return await self._environments.derive(project_id, parent, config, change)
+            return await self._environments.derive(
+                project_id, parent, config, change, is_tentative=override is None
+            )
         except NotFound as error:
             raise NotFound(
                 f"The base environment of agent '{definition.id}' is gone: {error.message} "
@@ -250,7 +254,7 @@ class Agents:
             if template is None:
                 template = await self._template(project_id, definition, config, worn)
             try:
-                return await self._environments.derive(project_id, template.hex, change)
+                return await self._environments.derive(project_id, template.hex, change=change)
             except NotFound:
                 # It has expired, was deleted, or its broker has lost it: another one, then.
                 template, worn = None, template
