@@ -112,6 +112,9 @@ queue_jobs = Gauge(
 queue_oldest_seconds = Gauge(
     "oi_queue_oldest_seconds", "Age of the oldest job that is due.", ["kind"], registry=REGISTRY
 )
+runs_oldest_seconds = Gauge(
+    "oi_runs_oldest_seconds", "Age of the oldest run that somebody runs.", registry=REGISTRY
+)
 workers_alive = Gauge("oi_workers_alive", "Processes that beat.", ["role"], registry=REGISTRY)
 sandboxes = Gauge(
     "oi_sandboxes",

@@ -95,6 +95,17 @@ def test_a_port_in_use_is_named(tmp_path):
     assert message == f"openinteractions: cannot listen on 127.0.0.1:{port}: Address already in use"
 
 
+def test_a_metrics_port_in_use_is_named(tmp_path):
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        variables = {"OI_WORKER__METRICS_PORT": str(port), "DATABASE_URL": "postgresql://x@y/z"}
+        message = refused(tmp_path, "worker", **variables)
+    assert message == (
+        f"openinteractions: cannot serve metrics on port {port} (worker.metrics_port): "
+        "Address already in use"
+    )
+
+
 def test_a_worker_needs_a_shared_database(tmp_path):
     assert "a worker of its own needs DATABASE_URL" in refused(tmp_path, "worker")
 

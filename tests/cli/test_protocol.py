@@ -17,8 +17,8 @@ from openinteractions.app import create_app
 from openinteractions.cli import protocol
 from openinteractions.settings import Settings
 
-REST_S = 1.5
-KEEP_ALIVE_S = 2
+REST_S = 1.0
+KEEP_ALIVE_S = 5
 NEVER_S = 30.0
 """A connection that is open for so long would stay."""
 LATE = b"POST /healthz HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n"

@@ -1,6 +1,8 @@
 """Background runs through the official client: polled, streamed, cancelled, repeated, deleted."""
 
 import contextlib
+import re
+import subprocess
 import threading
 import time
 from collections.abc import Generator
@@ -273,9 +275,12 @@ def test_without_a_worker_a_run_waits_and_is_cancelled(upstreams: Fakes) -> None
         assert report.returncode == 1, report.stdout + report.stderr
         assert "no worker is alive" in report.stdout
         assert "1 jobs of kind run are queued" in report.stdout
+        (row,) = rows_of(server.run("interactions", "list"))
+        assert row[:3] == [wanted.id, "default", "queued"]
         server.stop()
         server.start()
         assert ended(client, wanted.id).output_text == "ok"
+        assert rows_of(server.run("interactions", "list")) == []
         report = server.run("doctor")
         assert report.returncode == 0, report.stdout + report.stderr
         assert "agents think with Gemini" in report.stdout
@@ -285,6 +290,37 @@ def test_without_a_worker_a_run_waits_and_is_cancelled(upstreams: Fakes) -> None
         report = server.run("doctor", DATABASE_URL=nowhere)
         assert report.returncode == 2, report.stdout + report.stderr
         assert "cannot be" in report.stdout
+
+
+def rows_of(listing: "subprocess.CompletedProcess[str]") -> list[list[str]]:
+    assert listing.returncode == 0, listing.stderr
+    header, *rows = listing.stdout.splitlines()
+    assert header.split() == ["INTERACTION", "PROJECT", "STATE", "AGE", "WORKER", "DOES"]
+    return [row.split() for row in rows]
+
+
+def test_the_operator_finds_what_hangs_and_ends_it(upstreams: Fakes) -> None:
+    upstreams.clear()
+    upstreams.acme.replies.append(answer(*SLOW * 30, gap_s=0.1))
+    with own_server(upstreams) as server, sdk(server) as client:
+        hangs = background(client)
+        asked(upstreams)
+        metrics = wire.call(server, "GET", "/metrics").body.decode()
+        (oldest,) = re.findall(r"^oi_runs_oldest_seconds (\S+)$", metrics, re.MULTILINE)
+        assert float(oldest) > 0
+        (row,) = rows_of(server.run("interactions", "list"))
+        assert row[:3] == [hangs.id, "default", "running"]
+        assert "last user_input" in " ".join(row)
+        done = server.run("interactions", "cancel", hangs.id)
+        assert (done.returncode, done.stdout) == (0, f"{hangs.id} is cancelled\n"), done.stderr
+        assert client.interactions.get(hangs.id).status == "cancelled"
+        again = server.run("interactions", "cancel", hangs.id)
+        assert again.stdout == f"{hangs.id} is cancelled: nothing runs\n"
+        for text, why in [("x", "is not the id of"), ("v1_" + "0" * 32, "there is no interaction")]:
+            refused = server.run("interactions", "cancel", text)
+            assert refused.returncode == 2
+            assert why in refused.stderr
+    until(lambda: upstreams.acme.open == 0)
 
 
 def test_metrics_need_a_key_and_count(server: Server, client: Client, fakes: Fakes) -> None:

@@ -32,5 +32,22 @@ async def test_a_job_claimed_again_is_not_forgotten_when_its_first_claim_ends(da
     assert member.running == 0
 
 
+async def test_what_ends_a_cancelled_job_is_not_stopped_by_its_cancel(database: Database):
+    timing = Timing(timedelta(hours=1), timedelta(hours=2))
+    async with Member(database, timing, role="worker").joined() as member:
+        job = ids.uuid7()
+        last_write = asyncio.Event()
+        ending = member.own(job, 1, _wait(last_write), is_cancelled=True)
+        await asyncio.sleep(0)
+        for _ in range(2):
+            assert member.cancel(job)
+            await asyncio.sleep(0)
+        assert member.was_cancelled(job)
+        assert not ending.done()
+        last_write.set()
+        await ending
+        assert not ending.cancelled()
+
+
 async def _wait(event: asyncio.Event) -> None:
     await event.wait()

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from datetime import timedelta
 
 import pytest
+from structlog.testing import capture_logs
 from tests import house
 from tests.db import postgres
 from tests.fakes.upstream import Received, Reply
@@ -16,6 +17,7 @@ from tests.runs import abandoned
 
 from openinteractions.db.engine import LOST
 from openinteractions.jobs import runner
+from openinteractions.loop.run import Run
 from openinteractions.models.port import Json, TextDelta, ThoughtDelta
 
 NOTE = "The answer was interrupted; it starts again below."
@@ -348,10 +350,12 @@ async def test_the_operator_says_how_many_deaths_are_too_many(
 
 
 @pytest.mark.parametrize("half", [[], [TextDelta("Half")]])
-async def test_a_run_of_a_dead_owner_is_cancelled_within_a_second(server: Server, fake, half: list):
+async def test_a_run_of_a_dead_owner_is_cancelled_by_who_was_asked(
+    server: Server, fake, half: list
+):
     dead = await abandoned.dead_worker(server.database, silent_for=timedelta(0))
     key = await abandoned.leave(server, fake, owner=dead, shown=half)
-    async with asyncio.timeout(1.5):
+    async with asyncio.timeout(30):
         status, got = await server.call("POST", f"interactions/{key}/cancel")
     assert (status, got["status"]) == (200, "cancelled")
     assert [house.text_of(s["content"]) for s in got["steps"][1:]] == ["Half"] * len(half)
@@ -371,7 +375,7 @@ async def test_a_run_in_another_process_is_cancelled_there(server: Server, datab
         async with owner.stream("interactions", body) as frames:
             seen = await frames.until(lambda f: f.kind == "step.delta")
             key = seen[0].data["interaction"]["id"]
-            async with asyncio.timeout(1.5):
+            async with asyncio.timeout(30):
                 status, got = await server.call("POST", f"interactions/{key}/cancel")
             seen += await frames.rest()
         await house.eventually(lambda: is_idle(fake))
@@ -382,6 +386,32 @@ async def test_a_run_in_another_process_is_cancelled_there(server: Server, datab
 
 async def is_idle(fake) -> bool:
     return fake.open == 0
+
+
+async def test_a_cancelled_run_that_ends_slowly_is_passed_to_nobody(
+    server: Server, database_url: str, fake, monkeypatch
+):
+    """As with a command that does not let itself be killed: many beats of all processes long."""
+    interrupt = Run.interrupt
+    ended = []
+
+    async def slowly(self: Run, why: str) -> None:
+        await asyncio.sleep(1.5)
+        await interrupt(self, why)
+        ended.append(await house.rows(server.database, "jobs"))
+
+    monkeypatch.setattr(Run, "interrupt", slowly)
+    dead = await abandoned.dead_worker(server.database, silent_for=timedelta(0))
+    key = await abandoned.leave(server, fake, owner=dead, shown=[TextDelta("Half")])
+    async with worker(database_url, fake), asyncio.timeout(30):
+        with capture_logs() as log:
+            answers = await asyncio.gather(
+                *(server.call("POST", f"interactions/{key}/cancel") for _ in range(3))
+            )
+    assert [(s, a.get("status")) for s, a in answers] == [(200, "cancelled")] * 3
+    assert ended == [1]
+    assert not [line for line in log if line["event"] in {"job.unowned", "job.stopped"}]
+    assert fake.requests == []
 
 
 async def test_cancels_at_once_all_get_an_answer(server: Server, database_url: str, fake):

@@ -3,9 +3,11 @@
 import shutil
 from collections.abc import Iterator
 
+from openinteractions import ids
 from openinteractions.cli import database as databases
 from openinteractions.cli import doctor_sandbox
 from openinteractions.cli.finding import BAD, EXIT, OK, WARN, Finding
+from openinteractions.cli.interactions import does, lasted
 from openinteractions.db import migrate
 from openinteractions.db.engine import LOST, Database
 from openinteractions.errors import SetupError
@@ -14,6 +16,8 @@ from openinteractions.settings import Settings
 
 _LEAST_FREE_BYTES = 2**30
 _OLD_S = 60.0
+_LONG_S = 600.0
+"""A run that takes longer is worth a look."""
 
 
 async def examine(settings: Settings) -> int:
@@ -125,6 +129,16 @@ def _queue(seen: Overview) -> Iterator[Finding]:
         level = WARN if count.state == "failed" or count.oldest_s > _OLD_S else OK
         age = f", the oldest due for {count.oldest_s:.0f} s" if count.state == "queued" else ""
         yield Finding(level, f"{count.jobs} jobs of kind {count.kind} are {count.state}{age}")
+    for one in seen.active:
+        if one.state == "running" and one.age_s > _LONG_S:
+            yield Finding(
+                WARN,
+                f"{ids.interaction_id(one.id)} of project {one.project} runs for "
+                f"{lasted(one.age_s)} on worker {one.worker_id} (its {one.attempt}. try): "
+                f"{does(one)}",
+                "a hung one is ended by `openinteractions interactions cancel`; its `limits` "
+                "would have done so",
+            )
     for job in seen.troubled:
         yield Finding(
             BAD if job.state == "failed" else WARN,

@@ -154,7 +154,7 @@ async def brokers(database: Database) -> list[Finding]:
     """The brokers that the database knows."""
     async with database.hot() as connection:
         rows = await connection.fetch(
-            "select name, address, running, capacity, problem, "
+            "select name, address, host, pid, running, capacity, problem, "
             "extract(epoch from now() - seen)::float8 as silent_s, "
             "(select count(*) from environments e where e.broker = b.name and e.has_disk) as kept "
             "from brokers b order by name"
@@ -166,8 +166,10 @@ async def brokers(database: Database) -> list[Finding]:
             found.append(
                 Finding(
                     WARN,
-                    f"broker {name} has been silent for {row['silent_s']:.0f} s and {kept}",
-                    "start it again under the same name: its environments are with it",
+                    f"broker {name} (pid {row['pid']} on {row['host'].split('/')[0]}) has been "
+                    f"silent for {row['silent_s']:.0f} s and {kept}",
+                    "if it still runs, it hangs: `kill -9` it; then start it again under the same "
+                    "name and with the same sandbox.data_dir, where its environments are",
                 )
             )
         elif row["problem"] is not None:

@@ -1,11 +1,12 @@
 """The `openinteractions` command."""
 
 import asyncio
+import errno
 import signal
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Final, cast
 
 import typer
 
@@ -23,9 +24,11 @@ app = typer.Typer(
 )
 keys_app = typer.Typer(help="API keys.", no_args_is_help=True)
 models_app = typer.Typer(help="Local models.", no_args_is_help=True)
+interactions_app = typer.Typer(help="Interactions of all projects.", no_args_is_help=True)
 secrets_app = typer.Typer(help="Secrets at rest.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 app.add_typer(models_app, name="models")
+app.add_typer(interactions_app, name="interactions")
 app.add_typer(secrets_app, name="secrets")
 
 Config = Annotated[Path | None, typer.Option(help="The TOML file with the settings.")]
@@ -40,14 +43,24 @@ def main() -> None:
         print(f"openinteractions: {error.message}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
-        if not _is_database_lost(error):
+        if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
+            message = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        elif _is_database_lost(error):
+            message = "the database was lost while starting or stopping: start again"
+        else:
             raise
-        message = "the database was lost while starting or stopping: start again"
         print(f"openinteractions: {message}", file=sys.stderr)
         sys.exit(2)
 
 
 _OF_FILES = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError)
+_OF_THE_MACHINE: Final = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EADDRINUSE,
+    errno.EADDRNOTAVAIL,
+    errno.EROFS,
+}
 
 
 def _is_database_lost(error: BaseException) -> bool:
@@ -197,6 +210,34 @@ def doctor(*, data_dir: DataDir = None, config: Config = None) -> None:
         sys.exit(await command.examine(settings))
 
     _run(examine())
+
+
+@interactions_app.command("list")
+def interactions_list(
+    *,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="How many.")] = 50,
+    data_dir: DataDir = None,
+    config: Config = None,
+) -> None:
+    """List what is under way: those that run first, the oldest of them on top."""
+    settings = _settings(config, data_dir=data_dir)
+    from openinteractions.cli import interactions as command  # noqa: PLC0415 - as above
+
+    _run(command.show(settings, limit=limit))
+
+
+@interactions_app.command("cancel")
+def interactions_cancel(
+    interaction: Annotated[str, typer.Argument(help="Its id; `interactions list` shows it.")],
+    *,
+    data_dir: DataDir = None,
+    config: Config = None,
+) -> None:
+    """Cancel an interaction, with the commands that it runs."""
+    settings = _settings(config, data_dir=data_dir)
+    from openinteractions.cli import interactions as command  # noqa: PLC0415 - as above
+
+    _run(command.cancel(settings, interaction))
 
 
 @secrets_app.command("rotate")

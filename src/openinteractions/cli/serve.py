@@ -119,7 +119,13 @@ async def work(settings: Settings) -> None:
         )
     stop = asyncio.Event()
     if settings.worker.metrics_port is not None:
-        metrics.serve(settings.worker.metrics_port)
+        try:
+            metrics.serve(settings.worker.metrics_port)
+        except OSError as error:
+            raise SetupError(
+                f"cannot serve metrics on port {settings.worker.metrics_port} "
+                f"(worker.metrics_port): {error.strerror}"
+            ) from error
     async with databases.opened(settings) as database:
         await migrate.require_current(database)
         async with opened(settings, database, role="worker"):

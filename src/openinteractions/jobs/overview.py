@@ -35,6 +35,22 @@ select i.id, i.status, extract(epoch from now() - i.updated_at)::float8
  limit $1
 """
 
+_ACTIVE = """
+select i.id, p.name, j.state, extract(epoch from now() - j.created_at)::float8, j.worker_id,
+       j.attempt, i.model, i.agent, extract(epoch from now() - i.updated_at)::float8,
+       (select count(*) from steps s where s.segment_id = i.segment_id and s.depth = i.depth),
+       (select s.type from steps s where s.segment_id = i.segment_id and s.depth = i.depth
+         order by s.idx desc limit 1)
+  from jobs j join interactions i on i.id = j.id join projects p on p.id = i.project_id
+ where j.kind = 'run' and j.state in (0, 1)
+ order by j.state desc, j.created_at limit $1
+"""
+
+_OLDEST = """
+select coalesce(extract(epoch from now() - min(created_at)), 0)::float8
+  from jobs where kind = 'run' and state = 1
+"""
+
 _OWNERLESS = """
 select count(*) from jobs j
  where j.state = 1 and not exists (
@@ -92,6 +108,26 @@ class Stuck:
 
 
 @dataclass(frozen=True, slots=True)
+class Active:
+    """An interaction that runs, or waits for its turn."""
+
+    id: UUID
+    project: str
+    state: str
+    age_s: float
+    """Since it was accepted, or began to go on."""
+    worker_id: int | None
+    attempt: int
+    model: str | None
+    agent: str | None
+    quiet_s: float
+    """Since its row last changed."""
+    steps: int
+    """That are stored, its input among them."""
+    last_step: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Overview:
     """The queue at one moment."""
 
@@ -99,6 +135,8 @@ class Overview:
     workers: Sequence[Worker]
     troubled: Sequence[Troubled]
     stuck: Sequence[Stuck]
+    active: Sequence[Active]
+    """Under way, the oldest first."""
     ownerless: int
     """Running jobs whose owner is dead or silent."""
 
@@ -116,9 +154,19 @@ async def workers(database: Database) -> list[Worker]:
         return [Worker(*row) for row in await connection.fetch(_WORKERS)]
 
 
+async def active(database: Database, *, most: int) -> list[Active]:
+    """The interactions under way, those that run first, each kind with its oldest first."""
+    async with database.hot() as connection:
+        rows = await connection.fetch(_ACTIVE, most)
+    return [Active(r[0], r[1], STATES[r[2]], *r[3:]) for r in rows]
+
+
 async def measure(database: Database) -> None:
     """Set the metrics that only the database knows."""
     queued, alive = await counts(database), await workers(database)
+    async with database.hot() as connection:
+        oldest_s = await connection.fetchval(_OLDEST)
+    metrics.runs_oldest_seconds.set(oldest_s)
     # From here on nothing is awaited: two scrapes at once do not mix.
     metrics.queue_jobs.clear()
     metrics.queue_oldest_seconds.clear()
@@ -143,5 +191,6 @@ async def overview(database: Database, *, dead_after: timedelta, most: int = 10)
         workers=await workers(database),
         troubled=[Troubled(r[0], r[1], STATES[r[2]], *r[3:]) for r in troubled],
         stuck=[Stuck(*row) for row in stuck],
+        active=await active(database, most=most),
         ownerless=ownerless,
     )

@@ -101,11 +101,26 @@ class Member:
         except LOST:
             _log.warning("worker.leave_failed", worker_id=self.worker_id)
 
-    def own(self, job_id: UUID, epoch: int, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run a job's work as a task of this process, independent of whoever asked for it."""
+    def own(
+        self,
+        job_id: UUID,
+        epoch: int,
+        work: Coroutine[Any, Any, None],
+        *,
+        is_cancelled: bool = False,
+    ) -> asyncio.Task[None]:
+        """Run a job's work as a task of this process, independent of whoever asked for it.
+
+        Args:
+            job_id: The job.
+            epoch: Under which this process has it.
+            work: What is run; stopped by `cancel`, by a lost lease, and when the process stops.
+            is_cancelled: The work is to end a job that a caller has cancelled: no `cancel` stops
+                it again.
+        """
         assert self._group is not None, "the member has not joined"
         task = self._group.create_task(self._guard(job_id, work), name=f"job-{job_id.hex}")
-        self._owned[job_id] = Owned(epoch, task)
+        self._owned[job_id] = Owned(epoch, task, is_cancelled)
         metrics.runs_active.set(len(self._owned))
         return task
 
@@ -114,8 +129,10 @@ class Member:
         owned = self._owned.get(job_id)
         if owned is None:
             return False
-        owned.cancelled = True
-        owned.task.cancel()
+        if not owned.cancelled:
+            # Once: what follows is its orderly end.
+            owned.cancelled = True
+            owned.task.cancel()
         return True
 
     def was_cancelled(self, job_id: UUID) -> bool:
@@ -191,7 +208,7 @@ class Member:
             owned = self._owned.get(job_id)
             if owned is None:
                 await self._disown(job_id, epoch)
-            elif cancel and not owned.cancelled:
+            elif cancel:
                 self.cancel(job_id)
         self._unclaimed &= mine.keys()
 
@@ -305,7 +322,9 @@ class Claimer:
         for job in jobs:
             metrics.jobs_claimed.labels(job.kind).inc()
             _log.info("job.claimed", job_id=job.id.hex, kind=job.kind, epoch=job.epoch)
-            task = self._member.own(job.id, job.epoch, self._run(job))
+            task = self._member.own(
+                job.id, job.epoch, self._run(job), is_cancelled=job.cancel_requested
+            )
             task.add_done_callback(lambda _: self._wake.set())
         return len(jobs)
 

@@ -1,7 +1,6 @@
 """What `app` hands to the resource as its runner, and the worker calls for jobs of kind `run`."""
 
 import asyncio
-import contextlib
 import time
 from dataclasses import asdict, replace
 from uuid import UUID
@@ -11,7 +10,7 @@ import structlog
 
 from openinteractions import clock, metrics
 from openinteractions.db.sealed import interaction_purpose
-from openinteractions.errors import Invalid, LeaseLost, NotFound, SetupError
+from openinteractions.errors import Invalid, NotFound, SetupError
 from openinteractions.events.types import parse_row
 from openinteractions.jobs import queue
 from openinteractions.jobs.queue import Job
@@ -35,12 +34,12 @@ from openinteractions.runs.house import House
 from openinteractions.runs.stored import StoredRun
 from openinteractions.runs.unstored import InMemory
 from openinteractions.wire.create import CreateInteraction
-from openinteractions.wire.environments import environment_id
 from openinteractions.wire.fields import Json
 
 _log = structlog.get_logger(__name__)
 
 _CANCEL_GRACE_S = 0.5
+_ENDING_S = 10.0
 _LOOK_S = 0.02
 
 
@@ -93,7 +92,12 @@ class Executor:
         environment = await self._environment(project_id, request, agent, earlier)
         inherited = None if earlier is None else earlier.environment_id
         warnings = prepared.warnings
-        if request.environment is None and inherited not in (None, environment) and agent is None:
+        if (
+            request.environment is None
+            and agent is None
+            and inherited not in (None, environment)
+            and await house.sandboxes.was_used(project_id, inherited)
+        ):
             text = "The environment of the previous interaction is gone: this one has a new one."
             gone = Warning("environment_gone", "environment", text)
             warnings = [*warnings, asdict(gone)]
@@ -101,7 +105,8 @@ class Executor:
             prepared,
             warnings=warnings,
             environment_id=environment,
-            is_environment_new=environment != inherited and not _names_one(request.environment),
+            is_environment_new=environment != inherited
+            and not prepare.names_one(request.environment),
         )
 
     async def discard(self, project_id: UUID, prepared: Prepared) -> None:
@@ -130,16 +135,18 @@ class Executor:
             return await house.sandboxes.resolve(project_id, request.environment)
         if inherited is not None:
             try:
-                return await house.sandboxes.resolve(project_id, environment_id(inherited))
+                return await house.sandboxes.inherit(project_id, inherited)
             except NotFound as error:
-                if agent is not None:
+                # Where nothing was done in it, a new one is the same.
+                if agent is not None and await house.sandboxes.was_used(project_id, inherited):
                     raise NotFound(
                         f"{error.message} It was the previous interaction's: name another one in "
                         "'environment', or \"remote\" for a new one."
                     ) from error
         if custom is not None:
             return await house.agents.environment_for(project_id, custom, None)
-        return await house.sandboxes.resolve(project_id, "remote")
+        # Nobody has asked for one, and the model may never need it.
+        return await house.sandboxes.derive(project_id, None, is_tentative=True)
 
     def start(self, lease: Lease) -> "asyncio.Future[Ended | None]":
         """Run a stored interaction that this process has owned since its create."""
@@ -155,13 +162,7 @@ class Executor:
             events_written=lease.events_written,
             secrets=lease.secrets,
         )
-        future: asyncio.Future[Ended | None] = asyncio.get_running_loop().create_future()
-        task = self._house.member.own(
-            lease.interaction.id, lease.epoch, self._drive_for(future, run)
-        )
-        # Also where the task was cancelled before it began.
-        task.add_done_callback(lambda _: future.done() or future.set_result(None))
-        return future
+        return self._own(run)
 
     def start_in_memory(self, unstored: Unstored) -> MemoryRun:
         """Run an interaction that is not stored."""
@@ -172,19 +173,38 @@ class Executor:
         house = self._house
         if not house.member.cancel(interaction_id):
             await queue.request_cancel(house.database, interaction_id)
-        while not await self._ends_within_grace(project_id, interaction_id):
+        patience_s = _CANCEL_GRACE_S
+        while not await self._ends_within(patience_s, project_id, interaction_id):
+            if house.member.was_cancelled(interaction_id) and patience_s < _ENDING_S:
+                # This process is at it; what it ends may take its time.
+                patience_s = _ENDING_S
+                continue
             epoch = await store.steal(house.database, interaction_id, self.worker_id)
             run = None if epoch is None else await self._load(interaction_id, epoch)
             if run is None:
                 return
             run.is_cancelled = True
-            # Lost to another cancel, or to a worker that claimed it in this instant: look again.
-            with contextlib.suppress(LeaseLost):
-                await stored.drive(house, run)
+            if await self._own(run, is_cancelled=True) is not None:
                 return
+            # Lost to another cancel, or to a worker that claimed it in this instant: look again,
+            # and longer, since that one is ending it.
+            patience_s *= 2
 
-    async def _ends_within_grace(self, project_id: UUID, interaction_id: UUID) -> bool:
-        deadline = time.monotonic() + _CANCEL_GRACE_S
+    def _own(self, run: StoredRun, *, is_cancelled: bool = False) -> "asyncio.Future[Ended | None]":
+        """Drive a run as this process's own; the result is None if it was lost or stopped."""
+        future: asyncio.Future[Ended | None] = asyncio.get_running_loop().create_future()
+        task = self._house.member.own(
+            run.interaction.id,
+            run.epoch,
+            self._drive_for(future, run),
+            is_cancelled=is_cancelled,
+        )
+        # Also where the task was cancelled before it began.
+        task.add_done_callback(lambda _: future.done() or future.set_result(None))
+        return future
+
+    async def _ends_within(self, seconds: float, project_id: UUID, interaction_id: UUID) -> bool:
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             row = await interactions.get(self._house.database, project_id, interaction_id)
             if row is None or not row.is_running:
@@ -267,13 +287,6 @@ def _require_environment(agent: Agent, request: CreateInteraction, earlier: Earl
             f"The agent '{agent.name}' needs an 'environment': give \"remote\" for a new one, or "
             "the id of one that you have."
         )
-
-
-def _names_one(environment: str | Json | None) -> bool:
-    """Whether a request works in an environment that was there before it."""
-    if isinstance(environment, dict):
-        return "environment_id" in environment
-    return environment is not None and environment.lower() != "remote"
 
 
 def _network(environment: str | Json | None) -> str | Json | None:
