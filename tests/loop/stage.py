@@ -11,6 +11,8 @@ from tests.tools import files
 
 from openinteractions.errors import ModelUnavailable, NotFound
 from openinteractions.events.types import Event
+from openinteractions.loop import pictures
+from openinteractions.loop.earlier import Found, found_in_rows
 from openinteractions.loop.limits import BudgetSpent
 from openinteractions.loop.ports import Patience, Ports
 from openinteractions.loop.run import Outcome, Run
@@ -86,14 +88,23 @@ class Past:
 
     earlier: list[bytes] = field(default_factory=list)
 
-    async def messages(self, target: Target) -> Sequence[bytes]:
-        return self.earlier
+    async def messages(self, target: Target, *, is_bare: bool = False) -> Sequence[bytes]:
+        if not is_bare:
+            return self.earlier
+        return [orjson.dumps(s) for s in pictures.without([orjson.loads(e) for e in self.earlier])]
 
     async def own(self, steps: Sequence[Json], target: Target) -> list[bytes]:
         from openinteractions.loop.context import for_model  # noqa: PLC0415 - only here
 
         shown = for_model(steps, provider=target.provider, model=target.model)
         return target.adapter.compile(shown, target.model)
+
+    async def called(self, call_ids: Sequence[str]) -> set[str]:
+        ids = {orjson.loads(message).get("id") for message in self.earlier}
+        return {call_id for call_id in call_ids if call_id in ids}
+
+    async def found(self, target: Target) -> Found:
+        return found_in_rows(self.earlier)
 
     async def steps(self, max_chars: int) -> list[Json]:
         return []

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 
 import orjson
 import pytest
-from tests.loop.stage import ScriptedModel, answer, play, said
+from tests.loop.stage import Break, ScriptedModel, answer, play, said
 
 from openinteractions.errors import Invalid, LeaseLost, Unready
 from openinteractions.loop import approval, repeats
+from openinteractions.loop.context import resumption_note
 from openinteractions.loop.spec import RunState
-from openinteractions.models.port import Finished, Json, ToolCall
+from openinteractions.models.port import Finished, Json, ModelEvent, ToolCall
 from openinteractions.tools import function
 from openinteractions.tools.port import Call, Tool
 from openinteractions.tools.toolbox import Toolbox
@@ -82,6 +83,71 @@ async def test_pure_calls_beside_each_other_run_at_the_same_time_and_keep_their_
     assert results(scene.steps) == ["did 1", "did 2"]
     committed = [[step["type"] for step in steps] for steps, _ in scene.journal.commits]
     assert committed == [["function_call"] * 2, ["function_result"] * 2]
+
+
+def waiting(steps: list[Json]) -> list[Json]:
+    """What Google's own clients take for calls that are theirs to answer."""
+    answered = {step["call_id"] for step in steps if step["type"] == "function_result"}
+    return [s for s in steps if s["type"] == "function_call" and s["id"] not in answered]
+
+
+@pytest.mark.parametrize("approve", [[], ["write"]])
+async def test_an_upstream_that_counts_its_calls_anew_does_not_repeat_an_id(approve: list[str]):
+    look, write = Double("look"), Double("write")
+    mine = {"type": "function", "name": "ask", "parameters": {"type": "object"}}
+    asks = "write" if approve else "ask"
+    model = ScriptedModel(
+        calls(("look", 1), start=1), calls(("look", 2)), calls((asks, 3), start=1)
+    )
+    given = [{"type": "function_call", "id": "c0", "name": "look", "arguments": {}}, consents("x")]
+    scene = await play(model, box=boxed(look, write), tools=[mine], approve=approve, inputs=given)
+    assert scene.outcome.status == "requires_action"
+    ids = [step["id"] for step in [*given, *scene.steps] if step["type"] == "function_call"]
+    assert len(set(ids)) == 4
+    assert waiting([*given, *scene.steps]) == [scene.steps[-1]]
+    assert write.ran == []
+    # The model is shown the same ids, each result behind its call.
+    told = [step.get("call_id") or step["id"] for step in model.shown()]
+    assert told == ["c0", "c0", "c1", "c1", ids[2], ids[2]]
+
+
+async def test_an_id_of_an_earlier_turn_is_not_used_again():
+    earlier = orjson.dumps({"type": "function_call", "id": "c0"})
+    scene = await play(
+        ScriptedModel(calls(("look", 1), ("look", 2)), answer("ok")),
+        box=boxed(Double("look")),
+        earlier=[earlier],
+    )
+    first, second = scene.steps[:2]
+    assert first["id"] != "c0"
+    # Who is the only one keeps what the vendor has said.
+    assert second["id"] == "c1"
+
+
+async def test_a_call_that_readers_saw_before_a_takeover_keeps_its_id_to_itself():
+    seen = {"type": "function_call", "id": "c0", "name": "look", "arguments": {}}
+    note = resumption_note(kind="resumed", text="", discards=1)
+    scene = await play(
+        ScriptedModel(calls(("look", 1)), answer("ok")),
+        box=boxed(Double("look")),
+        generated=[seen, note],
+    )
+    call, result = scene.steps[2:4]
+    assert call["id"] == result["call_id"] != "c0"
+
+
+async def test_what_was_wrong_with_a_call_is_not_said_again_behind_the_right_one():
+    wrong = [ToolCall("c0", "nope", {}), FINISHED]
+    model = ScriptedModel(wrong, wrong, calls(("look", 1)), answer("ok"))
+    scene = await play(model, box=boxed(Double("look")))
+    assert scene.outcome.status == "completed"
+    told = [step for step in model.shown(2) if step["type"] == "function_call"]
+    assert len({step["id"] for step in told}) == 2
+    assert [step["type"] for step in model.shown()] == [
+        "user_input",
+        "function_call",
+        "function_result",
+    ]
 
 
 async def test_calls_that_change_something_run_one_after_the_other():
@@ -184,6 +250,24 @@ async def test_the_same_call_with_the_same_result_is_remarked_and_then_ended():
     assert said_to_model[:2] == ["did 1", "did 1"]
     assert "3 times now" in str(said_to_model[2])
     assert len(said_to_model) == repeats.END_AT
+
+
+async def test_the_same_call_many_times_at_once_counts_once():
+    count = repeats.END_AT + 2
+    turns = [calls(*[("look", 1)] * count, start=count * turn) for turn in range(2)]
+    model = ScriptedModel(*turns, answer("ok"))
+    scene = await play(model, box=boxed(Double("look")))
+    assert scene.outcome.status == "completed"
+    assert "times now" not in str(results(scene.steps))
+
+
+async def test_a_circle_of_many_calls_at_once_is_noticed():
+    turns = [
+        calls(*[("look", n) for n in range(20)], start=20 * turn) for turn in range(repeats.END_AT)
+    ]
+    scene = await play(ScriptedModel(*turns), box=boxed(Double("look")))
+    assert scene.outcome.errors[0]["code"] == "loop_detected"
+    assert ["times now" in str(said) for said in results(scene.steps)].index(True) == 40
 
 
 async def test_what_changes_is_no_circle():
@@ -359,6 +443,50 @@ async def test_a_deferred_function_is_declared_once_the_model_has_loaded_it():
     }
     assert [f["name"] for f in result["result"]] == ["convert"]
     assert last["name"] == "convert"
+
+
+def searched(*names: str) -> list[ModelEvent | Break]:
+    return [ToolCall("c0", "tool_search", {"function_names": list(names)}), FINISHED]
+
+
+async def test_a_wrong_name_is_told_and_keeps_no_other_from_being_loaded():
+    model = ScriptedModel(searched("convert", "covnert"), searched("covnert"), answer("ok"))
+    scene = await play(model, tools=[LATER], own_tools=[SEARCH])
+    first, second = [step for step in scene.steps if step["type"] == "tool_search_result"]
+    assert [f["name"] for f in first["result"]] == ["convert"]
+    assert not first.get("is_error")
+    assert [tool["name"] for tool in model.calls[1].tools] == ["convert", "tool_search"]
+    assert (second["result"], second["is_error"]) == ([], True)
+    # What the model reads has the reason in it.
+    shown = [step for step in model.shown() if step["type"] == "tool_search_result"]
+    assert shown[0]["result"].startswith("There is no function 'covnert'")
+    assert '"name":"convert"' in shown[0]["result"]
+    assert shown[1]["result"] == "There is no function 'covnert'; load only what is listed."
+
+
+async def test_arguments_that_are_no_names_are_told():
+    model = ScriptedModel(
+        [ToolCall("c0", "tool_search", {"function_names": []}), FINISHED], answer("ok")
+    )
+    await play(model, tools=[LATER], own_tools=[SEARCH])
+    assert "Not executed: at $.function_names" in model.shown()[-1]["result"]
+
+
+LOADED = {"type": "tool_search_result", "call_id": "s1", "result": [LATER]}
+
+
+async def test_what_an_earlier_turn_has_loaded_stays_declared():
+    model = ScriptedModel(answer("ok"))
+    await play(model, tools=[LATER], own_tools=[SEARCH], earlier=[orjson.dumps(LOADED)])
+    assert [tool["name"] for tool in model.calls[0].tools] == ["convert", "tool_search"]
+
+
+async def test_what_this_request_does_not_offer_is_not_declared():
+    model = ScriptedModel(answer("ok"))
+    other = {**LATER, "name": "other"}
+    search = {**SEARCH, "functions": [other]}
+    await play(model, tools=[other], own_tools=[search], earlier=[orjson.dumps(LOADED)])
+    assert [tool["name"] for tool in model.calls[0].tools] == ["tool_search"]
 
 
 async def test_functions_that_the_client_gives_are_declared():

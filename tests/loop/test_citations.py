@@ -1,4 +1,5 @@
 """A citation covers the sentence that rests on a page, to the byte, whatever the text is."""
+# ruff: noqa: RUF001 - punctuation of East Asia
 
 import time
 
@@ -59,6 +60,24 @@ A, B, FOO = PAGES
         ("Run:\n```\ncurl https://a.example/x\n```\nDone.", []),
         ("```\nhttps://b.example/y\n```\nIt is [so](https://a.example/x).",
          [(A, "It is [so](https://a.example/x).")]),
+        ("一つ（https://a.example/x）。二つ。", [(A, "一つ（https://a.example/x）。")]),
+        ("一つ https://a.example/x、二つ。三つ。", [(A, "一つ https://a.example/x、二つ。")]),
+        ("【https://a.example/x】一つ", [(A, "【https://a.example/x】一つ")]),
+        ("It is 5 [1]. And 6. It is 7 [2].\n\n[1]: https://a.example/x\n[2]: https://b.example/y",
+         [(A, "It is 5 [1]."), (B, "It is 7 [2].")]),
+        ("It is 5.[^a] And 6.\n\n[^a]: [A](https://a.example/x), read today.",
+         [(A, "It is 5.[^a]")]),
+        ("It is 5.[^1] And 6. [2] And 7.\n\n[^1]: <https://a.example/x>\n- [2] B: https://b.example/y",
+         [(A, "It is 5.[^1]"), (B, "And 6. [2]")]),
+        ("As [they say][src] it is 5 [1, src]. No.\n\n[src]: https://a.example/x\n[1]: https://b.example/y",
+         [(A, "As [they say][src] it is 5 [1, src]."),
+          (B, "As [they say][src] it is 5 [1, src].")]),
+        ("It is 5 [1][2]. No [3].\n[1] https://a.example/x\n[2] https://b.example/y\n[3] https://c.example",
+         [(A, "It is 5 [1][2]."), (B, "It is 5 [1][2].")]),
+        ("Nobody refers to it.\n\n[1]: https://a.example/x", [(A, "[1]: https://a.example/x")]),
+        ("[Note] see https://a.example/x. A [note] more.", [(A, "[Note] see https://a.example/x.")]),
+        ("五つ。[1]六つ。\n\n[1]：https://a.example/x", [(A, "五つ。[1]")]),
+        ("```\na[1]\n```\nIt is 5 [1].\n\n[1]: https://a.example/x", [(A, "It is 5 [1].")]),
         ("It is https://unknown.example/x.", []),
         ("No link at all.", []),
     ],
@@ -150,7 +169,9 @@ LINK = "https://a.example/x"
 @pytest.mark.parametrize(
     "piece",
     [".", "[", "[]", "(", ".'", "http://", "https://", "\n", " ", "- ", "```\n", "? ", "|\n",
-     f"]({LINK}", f"[x]({LINK}). ", f"[x]({LINK} ", f"{LINK} ", "é"],
+     f"]({LINK}", f"[x]({LINK}). ", f"[x]({LINK} ", f"{LINK} ", "é",
+     "[1]", "[1],", "[a, ", "[1] ", ".[1]", "\n[1]: ", f"\n[1]: {LINK} ", f"[1]\n[1]: {LINK}\n",
+     f"{LINK}（"],
 )  # fmt: skip
 def test_hostile_texts_take_linear_time(piece: str):
     def seconds(size: int) -> float:

@@ -1,6 +1,8 @@
 """The loop: patience with upstreams, one answer in the end, and nothing shown twice."""
 
+import asyncio
 import time
+from collections.abc import AsyncIterator
 
 import orjson
 import pytest
@@ -12,7 +14,15 @@ from openinteractions.loop.context import NOTE
 from openinteractions.loop.spec import Limits, RunState
 from openinteractions.loop.turn import fold
 from openinteractions.models.catalog import Price
-from openinteractions.models.port import Finished, TextDelta, ThoughtDelta, ToolCall
+from openinteractions.models.port import (
+    Finished,
+    ModelEvent,
+    TextDelta,
+    ThoughtDelta,
+    ThoughtSignature,
+    ToolCall,
+)
+from openinteractions.wire.usage import EMPTY_USAGE
 
 LOOK = {
     "type": "function",
@@ -195,7 +205,7 @@ async def test_wrong_arguments_go_back_to_the_model():
     )
     scene = await play(model, tools=[LOOK])
     assert scene.outcome.status == "requires_action"
-    assert [s["id"] for s in scene.steps] == ["c2"]
+    assert [(s["name"], s["arguments"]) for s in scene.steps] == [("look", {"q": "x"})]
     results = [s for s in model.shown() if s["type"] == "function_result"]
     assert [(r["call_id"], r["is_error"]) for r in results] == [("c1", True), ("c2", True)]
     assert "required" in results[0]["result"] or "Additional" in results[0]["result"]
@@ -288,6 +298,10 @@ async def test_a_limit_without_room_is_checked_before_the_call():
     scene = await play(model, limits=Limits(max_total_tokens=50), earlier=[b"x" * 400])
     assert scene.outcome.status == "budget_exceeded"
     assert model.calls == []
+    message = scene.outcome.errors[0]["message"]
+    assert message.startswith("The limit max_total_tokens = 50 (0 used) leaves no room for another")
+    needed = int(message.removesuffix(" tokens.").rpartition(" ")[2])
+    assert 100 < needed < 150
 
 
 async def test_an_answer_that_fills_the_room_ends_the_budget():
@@ -313,6 +327,7 @@ async def test_a_cost_limit_clamps_and_ends():
     limits = Limits(max_cost_nanousd=1000)
     scene = await play(broke, limits=limits, price=PRICE, earlier=[b"x" * 400])
     assert (scene.outcome.status, broke.calls) == ("budget_exceeded", [])
+    assert ": its input alone costs about $0.00000" in scene.outcome.errors[0]["message"]
 
 
 async def test_a_cost_limit_without_a_price_is_refused():
@@ -332,6 +347,61 @@ async def test_the_purse_is_asked_before_and_settled_after_every_call():
     assert [what for what, *_ in purse.log] == ["reserve", "settle"] * 2
     assert [tokens for what, tokens, _ in purse.log if what == "settle"] == [0, 120]
     assert purse.tokens == 2_000_000 - 120
+
+
+async def test_what_a_call_took_that_broke_off_is_estimated_and_shown():
+    purse = Coins(2_000_000)
+    model = ScriptedModel([TextDelta("Half" * 40), down()], answer("Whole"))
+    scene = await play(
+        model, purse=purse, price=PRICE, agent="a", earlier=[b"x" * 4000], chain=["p0/m"]
+    )
+    usage = scene.run.state.usage
+    given = usage["total_input_tokens"] - 100
+    assert 1000 < given < 1100
+    assert usage["total_output_tokens"] == 20 + 41
+    assert usage["total_tokens"] == 120 + given + 41
+    assert scene.run.state.cost_nanousd == 10 * (given + 100) + 100 * (41 + 20)
+    settled = [tokens for what, tokens, _ in purse.log if what == "settle"]
+    assert settled == [given + 41, 120]
+    # The steps say the same: what broke off with its last one, and the sum in the end.
+    own = [step.get("step_usage", {}).get("total_tokens") for step in scene.steps]
+    assert own == [given + 41, None, 120]
+    assert scene.steps[-1]["usage"]["total_tokens"] == usage["total_tokens"]
+    assert shown(scene) == [{k: v for k, v in s.items() if k != "error"} for s in scene.steps]
+
+
+async def test_what_a_thought_took_that_broke_off_is_said_by_the_note_behind_it():
+    model = ScriptedModel([ThoughtSignature("s"), down()], answer("Whole"))
+    scene = await play(model, agent="a")
+    own = [step.get("step_usage", {}).get("total_output_tokens") for step in scene.steps]
+    assert own == [None, 1, 20]
+
+
+async def test_a_call_that_the_limit_of_time_stops_is_counted_too():
+    class Slow(ScriptedModel):
+        async def _play(self, script: object) -> AsyncIterator[ModelEvent]:
+            yield TextDelta("Half")
+            await asyncio.Event().wait()
+
+    scene = await play(Slow([]), agent="a", price=PRICE, limits=Limits(max_seconds=0.01))
+    assert (scene.outcome.status, scene.texts()) == ("budget_exceeded", ["Half"])
+    usage = scene.run.state.usage
+    assert usage["total_output_tokens"] == 2
+    assert scene.steps[-1]["usage"] == usage
+    assert scene.run.state.cost_nanousd == 10 * usage["total_input_tokens"] + 100 * 2
+
+
+async def test_an_answer_whose_upstream_does_not_count_is_estimated():
+    scene = await play(ScriptedModel([TextDelta("Four"), Finished("stop", {})]), agent="a")
+    usage = scene.run.state.usage
+    assert usage["total_output_tokens"] == 2
+    assert scene.steps[-1]["usage"] == usage
+    assert usage["total_tokens"] == usage["total_input_tokens"] + 2
+
+
+async def test_an_upstream_that_never_began_took_nothing():
+    scene = await play(ScriptedModel([down()], answer("x")), agent="a")
+    assert scene.run.state.usage == {**EMPTY_USAGE, **USAGE}
 
 
 async def test_an_empty_purse_ends_the_run():

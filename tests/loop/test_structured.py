@@ -65,6 +65,19 @@ def test_a_mismatch_names_the_place():
     assert len(str(mismatch({"l": ["x" * 5000]}, schema))) <= 300
 
 
+def test_a_mismatch_says_what_is_wrong_however_long_the_value_is():
+    urls = [f"https://shop.example/a/rather/long/path/{n}" for n in range(25)]
+    schema = {"type": "object", "properties": {"urls": {"type": "array", "maxItems": 20}}}
+    assert mismatch({"urls": urls}, schema) == (
+        "at $.urls: it has 25 items, and may have at most 20"
+    )
+    schema = {"type": "object", "properties": {"urls": {"type": "string"}}}
+    told = str(mismatch({"urls": urls}, schema))
+    assert told.startswith("at $.urls: ['https://shop.example")
+    assert told.endswith("is not of type 'string'")
+    assert len(told) <= 300
+
+
 def test_texts_are_one_json_document():
     assert text_mismatch('{"a": 1}', {}) is None
     for text in ("", "x", '{"a": 1} and more', "```json\n{}\n```", '{"a": NaN}'):

@@ -1,9 +1,11 @@
 """Server-side tools in the loop: committed before they run, run once, and never left open."""
 
+import base64
 import re
 
 import orjson
 import pytest
+from tests import pictures
 from tests.loop.stage import Bench, ScriptedModel, answer, down, play, said
 
 from openinteractions.errors import NotFound, Unready
@@ -11,13 +13,13 @@ from openinteractions.loop.context import open_calls
 from openinteractions.loop.spec import Limits
 from openinteractions.loop.turn import fold
 from openinteractions.models.port import Finished, TextDelta, ToolCall
-from openinteractions.sandbox.port import Exit, SandboxError
+from openinteractions.sandbox.port import Exit, NotBegun, SandboxError
 from openinteractions.tools.port import Done
 
 CODE = [{"type": "code_execution"}]
 LOOK = {"type": "function", "name": "look", "parameters": {"type": "object", "properties": {}}}
 FINISHED = Finished("tool_calls", {"total_input_tokens": 1, "total_tokens": 1})
-PNG = "iVBORw0KGgo="
+PNG = pictures.PNG_BASE64
 
 
 def runs(code: str, language: str = "python", call_id: str = "c1", **more):
@@ -113,6 +115,42 @@ async def test_wrong_arguments_are_the_result():
     assert "language" in scene.steps[1]["result"] or "code" in scene.steps[1]["result"]
 
 
+@pytest.mark.parametrize(
+    ("given", "meant", "argv"),
+    [
+        ({"language": "python3"}, "python", ["1"]),
+        ({"language": "Python"}, "python", ["1"]),
+        ({}, "python", ["1"]),
+        ({"language": "sh"}, "bash", ["/bin/bash", "-c", "1"]),
+        ({"language": "node"}, "javascript", ["node", "-e", "1"]),
+    ],
+)
+@pytest.mark.parametrize("approve", [(), ("code_execution",)], ids=["plain", "approved"])
+async def test_a_language_may_have_another_name_or_none(given, meant, argv, approve):
+    bench = Bench([done("ok")])
+    model = ScriptedModel(
+        [ToolCall("c1", "code_execution", {**given, "code": "1"}), FINISHED], answer("ok")
+    )
+    scene = await play(model, bench=bench, own_tools=CODE, approve=approve)
+    arguments = {"language": meant, "code": "1"}
+    if approve:
+        assert scene.outcome.status == "requires_action"
+        asked = {"tool": "code_execution", "arguments": arguments}
+        assert scene.steps[0]["arguments"] == asked
+        return
+    assert scene.steps[0]["arguments"] == arguments
+    assert bench.executed[0][1] == argv
+
+
+async def test_a_session_that_ends_by_itself_is_told():
+    bench = Bench([done("bye", has_ended_session=True)])
+    scene = await play(
+        ScriptedModel([runs("os._exit(0)"), FINISHED], answer("ok")), bench=bench, own_tools=CODE
+    )
+    assert not scene.steps[1]["is_error"]
+    assert "bye\n[The Python session has ended with it" in scene.steps[1]["result"]
+
+
 async def test_a_function_that_does_not_exist_is_told_to_the_model():
     bench = Bench()
     calls = [ToolCall("c1", "nonsense", {}), FINISHED]
@@ -126,10 +164,27 @@ async def test_a_function_that_does_not_exist_is_told_to_the_model():
         (done("boom\n", code=1), "boom\n[Exit code 1.]"),
         (done("", code=3), "[Exit code 3.]"),
         (done("..", timed_out=True), "longer than 600 seconds"),
-        (done("", code=None, signal=9), "signal 9. It may have used more memory"),
+        (done("", code=None, signal=9), "[Ended by signal 9.]"),
+        (done("", code=None, signal=9, out_of_memory=True), "signal 9. The sandbox ran out of mem"),
+        (done("", code=137, out_of_memory=True), "Exit code 137. The sandbox ran out of memory"),
+        (done("", code=3, has_ended_session=True), "Exit code 3. The Python session has ended"),
+        (done("NameError", code=1, is_fresh_session=True), "session is a new one"),
         (done("", outcome="unknown", code=None), "Outcome unknown"),
-        (done("", outcome="killed", code=None), "Stopped."),
+        (done("", outcome="killed", code=None, signal=9), "[Stopped, since its end was asked"),
+        (
+            done("", outcome="killed", code=None, signal=9, stopped_for="deleted"),
+            "[Stopped: its environment was deleted.]",
+        ),
+        (
+            done("", outcome="killed", code=None, signal=9, stopped_for="size"),
+            "[Stopped: the environment holds more than it may.]",
+        ),
+        (
+            done("", outcome="killed", code=None, signal=9, stopped_for="other"),
+            "[Stopped: its sandbox was stopped.]",
+        ),
         (Unready("No broker answers."), "it is unknown whether this ran: No broker answers."),
+        (NotBegun("All 6 are busy."), "Not run: All 6 are busy."),
         (NotFound("Environment 'e' not found."), "could not run this: Environment"),
         (SandboxError("It does not start."), "could not run this: It does not start."),
     ],
@@ -165,6 +220,25 @@ async def test_what_is_no_figure_is_left_out(junk):
         ScriptedModel([runs("plt.x"), FINISHED], answer("ok")), bench=bench, own_tools=CODE
     )
     assert [block["type"] for block in scene.steps[1]["result"]] == ["text", "image"]
+
+
+@pytest.mark.parametrize(
+    ("png", "why"),
+    [
+        (pictures.png(9360, 197), "has 9360 x 197 pixels"),
+        (pictures.PNG[:40], "is cut off"),
+    ],
+    ids=["large", "cut"],
+)
+async def test_a_figure_that_vendors_refuse_is_told(png, why):
+    bench = Bench([done("drawn"), done(f"{base64.b64encode(png).decode()}\n{PNG}\n")])
+    scene = await play(
+        ScriptedModel([runs("plt.x"), FINISHED], answer("ok")), bench=bench, own_tools=CODE
+    )
+    _, told, image = scene.steps[1]["result"]
+    assert told["type"] == "text"
+    assert why in told["text"]
+    assert image["type"] == "image"
 
 
 async def test_there_are_only_so_many_figures():

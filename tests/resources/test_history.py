@@ -11,10 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests import house
+from tests.fakes.upstream import Reply
 from tests.house import Server
 
 from openinteractions.db.engine import Database
-from openinteractions.models.port import Json
+from openinteractions.loop import pictures
+from openinteractions.models.port import Finished, Json, ToolCall
 from openinteractions.resources.files import store as files
 from openinteractions.resources.interactions import store as interactions
 from openinteractions.runs.history import Cache
@@ -183,6 +185,23 @@ async def test_every_living_turn_has_its_history(
     for node in list(tree.living):
         await delete(server, tree, node)
     assert await left_over(server.database) == {}
+
+
+async def test_a_branch_says_where_it_was_cut(server: Server):
+    first = await server.create("one")
+    at = f"{first['id']}@0"
+    branch = await server.create("another", previous_interaction_id=f"interactions/{at}")
+    assert branch["previous_interaction_id"] == at
+    assert (await server.get(branch["id"]))["previous_interaction_id"] == at
+    status, page = await server.call("GET", "interactions")
+    assert status == 200
+    named = {row["id"]: row.get("previous_interaction_id") for row in page["interactions"]}
+    assert named == {first["id"]: None, branch["id"]: at}
+    later = await server.create("on", previous_interaction_id=branch["id"])
+    assert later["previous_interaction_id"] == branch["id"]
+    path = f"/v1beta/interactions/{branch['id']}"
+    async with server.http.get(path, headers={"x-goog-api-key": house.KEY}) as answered:
+        assert (await answered.text()).count('"previous_interaction_id"') == 1
 
 
 async def test_a_deleted_parent_leaves_its_children_working(server: Server):
@@ -375,6 +394,32 @@ async def test_media_are_kept_once_and_go_with_their_last_turn(server: Server):
         assert sent.count(PICTURE.encode()) == 2
     await server.call("DELETE", f"interactions/{second['id']}")
     assert await left_over(server.database) == {}
+
+
+async def test_a_result_whose_picture_is_refused_does_not_end_the_line(server: Server):
+    look = {"type": "function", "name": "look", "parameters": {"type": "object"}}
+    server.fake.replies.append(
+        Reply(events=(ToolCall("c1", "look", {}), Finished("tool_calls", {})))
+    )
+    first = await server.create("see", tools=[look], stream=False)
+    refused = Reply(status=400, message="Could not process image")
+    server.fake.replies.append(refused)
+    picture = {"type": "image", "mime_type": "image/png", "data": PICTURE}
+    result = {"type": "function_result", "call_id": "c1", "name": "look", "result": [picture]}
+    second = await server.create(
+        [result], tools=[look], previous_interaction_id=first["id"], stream=False
+    )
+    assert second["status"] == "completed"
+    for cold in (False, True):
+        if cold:
+            forget(server)
+        server.fake.replies.append(refused)
+        later = await server.create("on", previous_interaction_id=second["id"], stream=False)
+        assert later["status"] == "completed"
+        asked, again = [orjson.dumps(request.json) for request in server.fake.requests[-2:]]
+        assert PICTURE.encode() in asked
+        assert PICTURE.encode() not in again
+        assert pictures.LEFT_OUT.encode() in again
 
 
 async def test_a_blob_is_not_dropped_under_a_turn_that_is_being_created(server: Server):

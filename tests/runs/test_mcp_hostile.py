@@ -46,6 +46,8 @@ class Raw:
     said: str = "done"
     """Of a call; where it has `ECHO` stands the query."""
     on_list: Any = None
+    door: Any = None
+    """Answers everything."""
     url: str = ""
     calls: list[Any] = field(default_factory=list[Any])
     seen: list[Any] = field(default_factory=list[Any])
@@ -57,6 +59,8 @@ class Raw:
     """Lists being made at once."""
 
     async def post(self, request: web.Request) -> web.StreamResponse:
+        if self.door is not None:
+            return await self.door(request)
         body = await request.json()
         method = body.get("method")
         self.seen.append(("POST", method))
@@ -112,8 +116,8 @@ def answer(body: Any, result: Any) -> dict[str, Any]:
     return {"jsonrpc": "2.0", "id": body["id"], "result": result}
 
 
-def error(body: Any, code: int) -> dict[str, Any]:
-    about = {"code": code, "message": "no"}
+def error(body: Any, code: int, message: str = "no") -> dict[str, Any]:
+    about = {"code": code, "message": message}
     return {"jsonrpc": "2.0", "id": body["id"], "error": about}
 
 
@@ -324,6 +328,62 @@ async def test_an_error_says_whether_the_call_may_have_acted(way, raw, code, is_
     assert ("may have taken effect" in caught.value.message) is not is_sure
 
 
+@pytest.mark.parametrize("code", [-32000, -32001, -32050])
+async def test_a_servers_own_error_is_told_whatever_its_code(way, raw, code):
+    async def fails(_request: web.Request, body: Any) -> web.StreamResponse:
+        return web.json_response(error(body, code, "The till is locked."))
+
+    raw.on_call = fails
+    with pytest.raises(Invalid, match=r"refused: The till is locked\. The call may have taken"):
+        await called(way, raw.given())
+
+
+async def test_a_stream_that_ends_without_an_answer_has_broken_off(way, raw):
+    async def ends(_request: web.Request, _body: Any) -> web.StreamResponse:
+        return web.Response(body=b"", headers=STREAM)
+
+    raw.on_call = ends
+    with pytest.raises(Invalid, match=r"broke off without an answer\. The call may have taken"):
+        await called(way, raw.given())
+
+
+# ---- where nothing was called
+
+
+@pytest.mark.parametrize("status", [200, 500, 503])
+async def test_a_list_that_cannot_be_had_has_no_effect(way, raw, status):
+    async def fails(_request: web.Request, body: Any) -> web.StreamResponse:
+        return web.json_response(error(body, -32603, "no list today"), status=status)
+
+    raw.on_list = fails
+    message = await refusal(way, raw.given())
+    assert "no list today" in message
+    assert "may have" not in message
+
+
+async def test_a_session_that_is_not_opened_has_no_effect(way, raw):
+    entries, _ = await way.prepared(PROJECT, [raw.given()])
+
+    async def fails(_request: web.Request) -> web.StreamResponse:
+        return web.Response(status=503)
+
+    raw.door = fails
+    async with way.servers(PROJECT, [entries[0]], None) as servers:
+        with pytest.raises(Invalid, match="503") as caught:
+            await servers["docs"].call("pay", {}, timeout_s=5)
+    assert "may have" not in caught.value.message
+
+
+@pytest.mark.parametrize("kind", ["application/json", "text/event-stream"])
+async def test_what_is_no_message_is_said_in_words(way, raw, kind):
+    async def talks(_request: web.Request, _body: Any) -> web.StreamResponse:
+        return web.Response(text='data: {"hello": "world"}\n\n', content_type=kind)
+
+    raw.on_list = talks
+    message = await refusal(way, raw.given())
+    assert message.endswith("The MCP server's answer makes no sense: it is no JSON-RPC message.")
+
+
 # ---- what it is shown
 
 
@@ -358,6 +418,26 @@ async def test_what_stands_in_the_url_does_not_come_back(way, raw, said, expecte
     with pytest.raises(Invalid) as caught:
         await called(way, raw.given(url=url))
     assert f"refused: {expected}" in caught.value.message
+
+
+async def test_a_message_is_cut_where_nothing_is_left_of_a_secret(way, raw):
+    secret = "tok-0123456789abcdefghijklmno"
+
+    async def fails(_request: web.Request, body: Any) -> web.StreamResponse:
+        return web.json_response(error(body, -32050, "x" * 473 + secret))
+
+    raw.on_call = fails
+    with pytest.raises(Invalid) as caught:
+        await called(way, raw.given(headers={"X-Token": secret}))
+    assert "x[redacted]" in caught.value.message
+    assert "tok-" not in caught.value.message
+
+
+@pytest.mark.parametrize("value", ["t\N{LATIN SMALL LETTER E WITH ACUTE}", "a\nb"])
+async def test_a_header_that_cannot_be_sent_is_the_requests_fault(way, raw, value):
+    message = await refusal(way, raw.given(headers={"X-Token": value}))
+    assert message.startswith("Invalid value at 'tools[0].headers.X-Token'")
+    assert raw.seen == []
 
 
 async def test_a_schema_does_not_repeat_them_either(way, raw):

@@ -4,10 +4,11 @@ import base64
 
 import pytest
 from mcp import types
+from tests import pictures
 
 from openinteractions.runs.mcp_result import MAX_CHARS, result_of
 
-PNG = {"type": "image", "mime_type": "image/png", "data": "iVBORw0KGgo="}
+PNG = {"type": "image", "mime_type": "image/png", "data": pictures.PNG_BASE64}
 
 
 def made(*content, **more):
@@ -36,7 +37,7 @@ def resource(**more) -> dict:
         ([], ""),
         ([text("a"), text("b")], "a\nb"),
         ([text("a"), image()], [text("a"), PNG]),
-        ([image("image/svg+xml")], "[image/svg+xml, about 9 bytes: left out]"),
+        ([image("image/svg+xml")], "[image/svg+xml, about 69 bytes: left out]"),
         (
             [{"type": "audio", "mimeType": "audio/wav", "data": "AAAA"}],
             "[audio/wav, about 3 bytes: left out]",
@@ -52,6 +53,13 @@ def resource(**more) -> dict:
 )
 def test_every_kind_of_content_has_its_place(content, expected):
     assert shown(*content) == expected
+
+
+def test_an_image_that_vendors_refuse_is_told():
+    large, cut = pictures.png(9000, 10), pictures.PNG[:30]
+    said = shown(*(image(data=base64.b64encode(each).decode()) for each in (large, cut)))
+    assert "[image/png: left out, since it has 9000 x 10 pixels" in said
+    assert "[image/png: left out, since it is cut off" in said
 
 
 def test_an_object_stays_one_where_there_is_nothing_else():
@@ -75,7 +83,7 @@ def test_text_is_bounded_over_all_blocks():
 def test_images_are_bounded():
     found = shown(*[image()] * 25)
     assert [block["type"] for block in found].count("image") == 20
-    large = image(data="iVBORw0KGgoA" + "A" * 9_000_000)
+    large = image(data=base64.b64encode(pictures.PNG + bytes(7_000_000)).decode())
     found = shown(large, large)
     assert [block["type"] for block in found] == ["image", "text"]
 
@@ -95,7 +103,7 @@ def test_what_is_no_image_is_said_to_be_none(data):
 
 
 def test_an_image_is_shown_as_what_it_is():
-    jpeg = base64.b64encode(b"\xff\xd8\xff\xe0" + b"x" * 200).decode()
+    jpeg = base64.b64encode(pictures.JPEG).decode()
     wrapped = "\n".join((jpeg[:76], jpeg[76:]))
     expected = {"type": "image", "mime_type": "image/jpeg", "data": jpeg}
     assert shown(image(data=wrapped)) == [expected]

@@ -78,6 +78,18 @@ async def test_the_vendor_runs_it_where_it_can_and_the_operator_wants_it(catalog
     made = await prepared(catalog, model="goog/other", tools=[CODE], vendor=True)
     assert RunSpec.load(made.spec).tools == [CODE]
     assert not made.needs_environment
+    assert made.warnings == []
+
+
+@pytest.mark.parametrize("vendor", [True, False])
+async def test_an_environment_that_the_vendor_does_not_see_is_told(
+    catalog: Catalog, *, vendor: bool
+):
+    made = await prepared(
+        catalog, model="goog/other", tools=[CODE], vendor=vendor, environment="remote"
+    )
+    told = [(one["code"], one["field"]) for one in made.warnings]
+    assert told == ([("environment_unused", "environment")] if vendor else [])
 
 
 @pytest.mark.parametrize("model", ["acme/m", "goog/m"])
@@ -99,9 +111,13 @@ async def test_a_function_cannot_take_the_name_of_a_tool_of_ours(catalog: Catalo
     await prepared(catalog, model="acme/m", tools=[function])
 
 
-async def test_an_environment_needs_store(catalog: Catalog):
-    with pytest.raises(Invalid, match="'environment' needs 'store'"):
-        await prepared(catalog, model="acme/m", environment="remote", store=False)
+async def test_an_environment_that_is_there_needs_store(catalog: Catalog):
+    for environment in ("0" * 32, {"type": "remote", "environment_id": "0" * 32}):
+        with pytest.raises(Invalid, match="'environment' needs 'store'"):
+            await prepared(catalog, model="acme/m", environment=environment, store=False)
+    for environment in ("remote", "REMOTE", {"type": "remote", "network": "disabled"}):
+        made = await prepared(catalog, model="acme/m", environment=environment, store=False)
+        assert made.needs_environment
     made = await prepared(catalog, model="acme/m", tools=[CODE], store=False)
     assert made.needs_sandbox
 
@@ -144,6 +160,43 @@ async def test_a_backend_that_cannot_search_for_pictures_says_so(catalog: Catalo
 async def test_who_reads_pages(catalog: Catalog, model: str, is_ours: bool):
     spec = RunSpec.load((await prepared(catalog, model=model, tools=[PAGES])).spec)
     assert (spec.own_tools == [PAGES]) is is_ours
+
+
+WEATHER = {"type": "function", "name": "weather"}
+
+
+@pytest.mark.parametrize(
+    ("model", "beside", "is_vendors"),
+    [
+        ("goog/gemini-2.5-flash", WEATHER, False),
+        ("goog/gemini-2.5-flash", CODE, False),
+        ("goog/gemini-2.0-flash", {"type": "tool_search"}, False),
+        ("goog/gemini-2.5-flash", PAGES, True),
+        ("goog/gemini-3-pro", WEATHER, True),
+    ],
+)
+async def test_an_old_gemini_searches_only_without_functions(
+    catalog: Catalog, model: str, beside: Json, is_vendors: bool
+):
+    tools = [SEARCH, PAGES, beside]
+    if beside["type"] == "tool_search":
+        tools.append({"type": "function", "name": "convert", "defer_loading": True})
+    here = await prepared(catalog, model=model, tools=tools, search=True)
+    spec = RunSpec.load(here.spec)
+    assert (SEARCH in spec.tools, SEARCH in spec.own_tools) == (is_vendors, not is_vendors)
+    assert (PAGES in spec.own_tools) is not is_vendors
+    assert here.warnings == []
+    nowhere = await prepared(catalog, model=model, tools=tools)
+    spec = RunSpec.load(nowhere.spec)
+    assert (SEARCH in spec.tools, SEARCH in spec.own_tools) == (is_vendors, False)
+    warned = [(warning["code"], warning["field"]) for warning in nowhere.warnings]
+    assert warned == ([] if is_vendors else [("tool_left_out", "tools.google_search")])
+
+
+async def test_an_old_gemini_runs_code_here_beside_functions(catalog: Catalog):
+    asked = {"model": "goog/gemini-2.5-flash", "vendor": True}
+    assert (await prepared(catalog, **asked, tools=[CODE, WEATHER])).needs_sandbox
+    assert not (await prepared(catalog, **asked, tools=[CODE, SEARCH])).needs_sandbox
 
 
 LATER = {"type": "function", "name": "convert", "defer_loading": True}

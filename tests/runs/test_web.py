@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -10,6 +10,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 from pydantic import ValidationError
+from structlog.testing import capture_logs
 from tests import house
 
 from openinteractions import ids
@@ -233,7 +234,7 @@ async def test_failures_say_what_to_mend_and_no_secret(engines, session):
 
 async def test_strange_answers_are_no_results_or_a_clear_error(engines, session):
     backend = SearchBackend(options(engines, "searxng"), session)
-    for answer in ([], {"results": None}, {"results": ["x", {"url": 5}, {}]}, "text"):
+    for answer in ({"results": []}, {"results": None}, {"results": ["x", {"url": "y"}, {}]}):
         engines.troubles = [web.json_response(answer)]
         assert await backend.search("x", kind="web_search", limit=5) == []
     engines.troubles = [web.Response(text="<html>")]
@@ -247,13 +248,54 @@ async def test_strange_answers_are_no_results_or_a_clear_error(engines, session)
         await backend.search("x", kind="web_search", limit=5)
 
 
+@pytest.mark.parametrize(
+    ("answer", "hint"),
+    [
+        ([], "no list of results at 'results'"), ("text", "no list of results at 'results'"),
+        ({}, "no list of results at 'results'"), ({"results": {}}, "no list of results"),
+        ({"results": ["x", {"url": 5}, {}]}, "no result has a URL at 'url'"),
+    ],
+)  # fmt: skip
+async def test_an_answer_of_another_shape_is_told_and_logged(engines, session, answer, hint):
+    engines.troubles = [web.json_response(answer)]
+    with capture_logs() as logs, pytest.raises(Unready, match=hint):
+        await SearchBackend(options(engines, "searxng"), session).search(
+            "x", kind="web_search", limit=5
+        )
+    assert [(entry["event"], entry["kind"]) for entry in logs] == [("search.misread", "searxng")]
+
+
+@pytest.mark.parametrize("wrong", [{"results_field": "data.q"}, {"url_field": "href"}])
+async def test_wrong_fields_are_told_and_logged(engines, session, wrong):
+    backend = SearchBackend(replace(options(engines, "json"), **wrong), session)
+    with capture_logs() as logs, pytest.raises(Unready, match=r"settings search\.\*"):
+        await backend.search("x", kind="web_search", limit=5)
+    assert [entry["event"] for entry in logs] == ["search.misread"]
+
+
+async def test_a_list_that_is_left_out_is_logged(engines, session):
+    wrong = replace(options(engines, "json"), results_field="data.hits")
+    with capture_logs() as logs:
+        found = await SearchBackend(wrong, session).search("x", kind="web_search", limit=5)
+    # Some leave it out where nothing was found.
+    assert found == []
+    assert [entry["event"] for entry in logs] == ["search.no_list"]
+
+
+async def test_brave_leaves_the_list_out_where_nothing_was_found(engines, session):
+    engines.troubles = [web.json_response({"type": "search", "query": {}})]
+    backend = SearchBackend(options(engines, "brave"), session)
+    assert await backend.search("x", kind="web_search", limit=5) == []
+
+
 async def test_a_backend_that_is_away_or_silent(engines, session):
     away = options(engines, "searxng", url="http://127.0.0.1:9")
     with pytest.raises(Unready, match="cannot be reached"):
         await SearchBackend(away, session).search("x", kind="web_search", limit=5)
     brief = SearchOptions(kind="searxng", url=engines.base, timeout=timedelta(microseconds=1))
-    with pytest.raises(Unready, match="in time"):
+    with capture_logs() as logs, pytest.raises(Unready, match="in time"):
         await SearchBackend(brief, session).search("x", kind="web_search", limit=5)
+    assert [entry["event"] for entry in logs] == ["search.unreachable"]
 
 
 async def test_without_a_backend_the_reason_is_said():

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from openinteractions.errors import Invalid, NotFound
@@ -26,6 +26,8 @@ class Files:
     folders: set[str] = field(default_factory=lambda: set(FOLDERS))
     changes: list[str] = field(default_factory=list)
     """What was written and removed, in order."""
+    links: dict[str, str] = field(default_factory=dict)
+    """Paths of links, and the paths that they lead to."""
     bytes_read: int = 0
     pages: int = 0
     """Of lists."""
@@ -41,6 +43,9 @@ class Files:
 
     async def stat(self, path: str) -> Entry:
         path = "/".join(part.decode() for part in _parts(path))
+        if path in self.links:
+            target = self.links[path]
+            return replace(await self.stat(target), path=path, link=f"/{target}")
         if path in self.files:
             kind = IMAGES.get(path.rpartition(".")[2], "text/plain; charset=utf-8")
             return _entry(path, "file", len(self.files[path]), kind)
@@ -58,7 +63,7 @@ class Files:
         within = _parts(path)
         found = sorted(
             parts
-            for parts in map(_parts, (*self.files, *self.folders))
+            for parts in map(_parts, (*self.files, *self.folders, *self.links))
             if parts[: len(within)] == within
             and (len(parts) == len(within) + 1 or (recursive and len(parts) > len(within)))
             and (after is None or parts > _parts(after))
@@ -71,7 +76,7 @@ class Files:
         entry = await self.stat(path)
         if entry.type != "file":
             raise Invalid(f"Path '{path}' is a directory.")
-        data = self.files[entry.path]
+        data = self.files[self.links.get(entry.path, entry.path)]
         if offset > len(data):
             raise Invalid(f"The file has {len(data)} bytes: there is nothing at offset {offset}.")
         piece = data[offset : offset + max_bytes]
@@ -81,6 +86,8 @@ class Files:
     async def write(self, path: str, data: bytes) -> None:
         if path in self.folders:
             raise Invalid(f"Path '{path}' is a directory.")
+        if path.partition("/")[0] not in self.folders:
+            raise Invalid(f"The environment has no such folder. Write to '/workspace/{path}'.")
         self.disturb("before")
         self._make_folders(path)
         self.files[path] = data
@@ -95,6 +102,7 @@ class Files:
             raise Invalid(f"The directory '{path}' is not empty.")
         self.disturb("before")
         for name in (*inside, entry.path):
+            self.links.pop(name, None)
             self.files.pop(name, None)
             self.folders.discard(name)
         self.changes.append(f"remove {path}")

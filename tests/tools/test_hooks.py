@@ -15,13 +15,16 @@ import orjson
 import pytest
 from aiohttp import web
 from structlog.testing import capture_logs
+from tests.tools.files import Files
 
 from openinteractions.errors import LeaseLost, Unready
 from openinteractions.models.port import Json, ToolCall
 from openinteractions.sandbox.port import Exit
 from openinteractions.tools import function
 from openinteractions.tools.hooks import MAX_HOOKS, MAX_RULES, Hook, hooked, parse
-from openinteractions.tools.port import Call, Done
+from openinteractions.tools.port import Call, Done, Means
+from openinteractions.tools.workspace import tools as workspace
+from openinteractions.tools.workspace.tool import FileTool
 
 SOURCE = ".agents/hooks.json"
 
@@ -122,7 +125,7 @@ def command(line: str, *, event: str = "pre", matcher: str = "*", **more: Any) -
 
 async def played(
     *hooks: Hook,
-    tool: Tool | None = None,
+    tool: Tool | FileTool | None = None,
     shell: Shell | None = None,
     arguments: Json | None = None,
 ) -> tuple[Json, Tool, Shell]:
@@ -164,6 +167,38 @@ async def test_hooks_are_told_what_is_called_and_run_in_their_order(tmp_path: Pa
     expected = {"tool_call": {"name": "write_file", "args": arguments}, "environment_id": "e1"}
     for name in ("one", "two", "three"):
         assert json.loads((tmp_path / name).read_text()) == expected
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        ("private/x.json", "/workspace/private/x.json"),
+        (" ./private//x.json", "/workspace/private/x.json"),
+        ("/workspace/private/x.json", "/workspace/private/x.json"),
+        ("~/private/x.json", "/home/agent/private/x.json"),
+        ("a/../private/x.json", "a/../private/x.json"),
+        ("/etc/private/x.json", "/etc/private/x.json"),
+    ],
+)
+@pytest.mark.parametrize("name", ["read_file", "list_files", "view_image"])
+async def test_a_hook_is_told_the_path_as_the_sandbox_has_it(
+    tmp_path: Path, name: str, written: str, told: str
+):
+    tool = workspace.tools({}, Means(workplace=Files()))[name]
+    arguments = {"path": written}
+    hook = command(f"cat > {tmp_path}/told")
+    await played(hook, tool=tool, arguments=arguments)
+    args = json.loads((tmp_path / "told").read_text())["tool_call"]["args"]
+    assert args == {"path": told}
+    assert arguments["path"] == written
+
+
+async def test_a_hook_is_told_the_folder_that_is_meant_where_none_is_given(tmp_path: Path):
+    tool = workspace.tools({}, Means(workplace=Files()))["list_files"]
+    await played(command(f"cat > {tmp_path}/told"), tool=tool, arguments={})
+    assert json.loads((tmp_path / "told").read_text())["tool_call"]["args"] == {
+        "path": "/workspace"
+    }
 
 
 async def test_hooks_after_it_are_told_of_an_error(tmp_path: Path):

@@ -144,8 +144,12 @@ def test_every_tool_has_a_name_of_its_own_that_vendors_take():
 
 @pytest.mark.parametrize(("server", "name"), NAMES)
 def test_a_conversation_shows_the_name_that_was_declared(server, name):
-    step = {"type": "mcp_server_tool_call", "server_name": server, "name": name}
-    declared = mcp_function(server, name)
-    assert openai_messages._name_of(step, "mcp_server_tool") == declared
-    assert anthropic_messages._name(step, "mcp_server_tool") == declared
-    assert gemini_messages._name(step, "mcp_server_tool") == declared
+    step = {"type": "mcp_server_tool_call", "id": "c", "server_name": server, "name": name}
+    result = {"type": "mcp_server_tool_result", "call_id": "c", "result": "r"}
+    shown = f'"{mcp_function(server, name)}"'.encode()
+    for compiled in (
+        openai_messages.compile_steps([step, result]),
+        anthropic_messages.compile_messages([step, result]),
+        gemini_messages.compile_contents([step, result], "gemini-3"),
+    ):
+        assert shown in compiled[0]

@@ -436,6 +436,15 @@ async def test_what_is_searched_is_as_the_request_says():
     assert engine.asked[0][1] == "image_search"
 
 
+async def test_all_kinds_that_the_request_names_are_searched():
+    engine = Engine({"x": [hit("one")]})
+    entry = {"type": "google_search", "search_types": ["web_search", "image_search"]}
+    tool = toolbox([entry], Means(web=engine)).find("google_search")
+    step = await run(tool, queries=["x"])
+    assert sorted(asked[1] for asked in engine.asked) == ["image_search", "web_search"]
+    assert len(step["result"]) == 1
+
+
 def test_the_toolbox_has_both_without_any_means():
     box = toolbox([{"type": "url_context"}, {"type": "google_search"}], Means())
     assert [tool["name"] for tool in box.declarations()] == ["url_context", "google_search"]

@@ -3,6 +3,7 @@
 import base64
 
 import pytest
+from tests import pictures
 from tests.tools.files import Bench, a_call, refused, use
 
 from openinteractions.errors import TooLarge, Unready
@@ -79,11 +80,14 @@ def test_arguments_are_checked_by_the_declaration():
         ("/home/agent/x/y", "home/x/y"),
         ("~/x", "home/x"),
         ("home/x", "workspace/home/x"),
+        ("/data/x/y", "data/x/y"),
+        ("data/x", "workspace/data/x"),
         ("/workspace/~x", "workspace/~x"),
     ],
 )
 async def test_a_path_means_what_it_means_in_the_sandbox(given, stored):
     place = Bench()
+    place.folders.add("data")
     await use(place, "write_file", path=given, content="x")
     assert place.changes == [f"write {stored}"]
 
@@ -137,6 +141,18 @@ async def test_what_is_not_there_is_told_with_what_is_alike():
     assert "did you mean /workspace/src/main.py?" in said
     said = await refused(place, "read_file", path=".agents/AGENTS.md")
     assert "did you mean /.agents/AGENTS.md?" in said
+
+
+async def test_a_folder_beside_the_three_is_like_them():
+    place = Bench(files={"data/a/x.csv": b"1,2\n", ".agents/A": b""})
+    assert "1,2" in await use(place, "read_file", path="/data/a/x.csv")
+    assert "x.csv" in await use(place, "list_files", path="/data/a")
+    said = await refused(place, "read_file", path="data/a/x.csv")
+    assert "did you mean /data/a/x.csv?" in said
+    said = await refused(place, "read_file", path="/data/b/x.csv")
+    assert "The folder /data/b does not exist" in said
+    said = await refused(place, "read_file", path="/date/a/x.csv")
+    assert "folders of this environment are /workspace, /.agents and /home/agent" in said
 
 
 # ---- read_file
@@ -219,6 +235,10 @@ async def test_binary_files_and_folders_are_not_read():
     assert "is no text" in said
     assert "5 B" in said
     assert "pdftotext" in await refused(place, "read_file", path="c.pdf")
+    place = bench(a_txt="é".encode("utf-16"), b_txt=b"a\0b")
+    assert "iconv -f UTF-16" in await refused(place, "read_file", path="a.txt")
+    said = await refused(place, "read_file", path="b.txt")
+    assert "is no text (it has NUL characters, 3 B)" in said
     assert "list_files" in await refused(place, "read_file", path="d")
 
 
@@ -379,6 +399,58 @@ async def test_files_and_folders_are_deleted():
     assert place.changes == ["remove workspace/a", "remove workspace/d"]
 
 
+# ---- links
+
+
+def linked() -> Bench:
+    return Bench(
+        files={"workspace/a.txt": b"one\n", "workspace/d/b": b"2"},
+        links={"workspace/l.txt": "workspace/a.txt", "workspace/ld": "workspace/d"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments"),
+    [
+        ("write_file", {"content": "new"}),
+        ("edit_file", {"old_text": "one", "new_text": "two"}),
+    ],
+)
+async def test_a_link_is_not_replaced_by_a_file(tool, arguments):
+    place = linked()
+    said = await refused(place, tool, path="l.txt", **arguments)
+    assert "/workspace/l.txt is a link to '/workspace/a.txt'" in said
+    assert place.changes == []
+    await use(place, tool, path="a.txt", **arguments)
+    assert place.changes == ["write workspace/a.txt"]
+
+
+async def test_a_link_is_listed_as_one_and_read():
+    place = linked()
+    said = await use(place, "list_files")
+    assert "l.txt -> /workspace/a.txt  4 B" in said
+    assert "ld/ -> /workspace/d" in said
+    assert "one" in await use(place, "read_file", path="l.txt")
+
+
+async def test_deleting_a_link_says_what_is_left():
+    place = linked()
+    said = await use(place, "delete_file", path="ld", recursive=True)
+    assert said == "Deleted /workspace/ld, a link to /workspace/d; what it led to is as it was."
+    assert place.files["workspace/d/b"] == b"2"
+
+
+async def test_a_name_is_one_line():
+    place = Bench(files={"workspace/a\nb.txt": b"", "workspace/c": b""})
+    assert await use(place, "list_files") == "/workspace:\na\\nb.txt  0 B\nc  0 B"
+
+
+async def test_what_is_read_is_no_more_than_it_says():
+    place = bench(a="x" * 15 + "\n" + ("y" * 15 + "\n") * 5000)
+    said = await use(place, "read_file", path="a")
+    assert 35_000 < len(said) <= 40_000 + 100
+
+
 # ---- view_image
 
 
@@ -386,9 +458,9 @@ async def test_files_and_folders_are_deleted():
     ("data", "kind"),
     [
         (PNG, "image/png"),
-        (b"\xff\xd8\xff\xe0jpeg", "image/jpeg"),
-        (b"GIF89a...", "image/gif"),
-        (b"RIFF\x10\0\0\0WEBPVP8 ", "image/webp"),
+        (pictures.JPEG, "image/jpeg"),
+        (pictures.GIF, "image/gif"),
+        (pictures.WEBP, "image/webp"),
     ],
     ids=["png", "jpeg", "gif", "webp"],
 )
@@ -397,6 +469,12 @@ async def test_pictures_are_content_blocks(data, kind):
     assert text["text"] == f"/workspace/p.png ({kind}, {len(data)} B)"
     assert (image["type"], image["mime_type"]) == ("image", kind)
     assert base64.b64decode(image["data"]) == data
+
+
+async def test_a_picture_that_vendors_refuse_is_not_shown():
+    place = bench(a_png=pictures.png(9000, 100), b_png=pictures.png(50, 50)[:60])
+    assert "9000 x 100 pixels" in await refused(place, "view_image", path="a.png")
+    assert "is cut off" in await refused(place, "view_image", path="b.png")
 
 
 async def test_what_is_no_picture_is_not_shown():

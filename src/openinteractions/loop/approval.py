@@ -92,8 +92,12 @@ class Asking:
 
     def call_step(self, call: ToolCall) -> Json:
         """The function call that asks."""
-        arguments = {"tool": self._name, "arguments": call.arguments}
+        arguments = {"tool": self._name, "arguments": self.meant(call)}
         return {"type": "function_call", "name": NAME, "arguments": arguments, MARK: True}
+
+    def meant(self, call: ToolCall) -> Json:
+        """The arguments as the tool takes them."""
+        return self._tool.call_step(call)["arguments"]
 
     async def run(self, call: Call) -> Json:
         """Never called: the caller answers."""

@@ -18,7 +18,7 @@ from openinteractions.tools.toolbox import toolbox
 class Account(Protocol):
     """Counts what a call has taken."""
 
-    def __call__(self, target: Target, usage: Json, *, is_metered: bool) -> Awaitable[None]:
+    def __call__(self, target: Target, usage: Json) -> Awaitable[None]:
         """Add a call's usage to the run's."""
         ...
 
@@ -33,6 +33,8 @@ async def asked(
 ) -> None:
     """Have a model answer into a turn. What it took is accounted, however that ends.
 
+    Where the upstream had begun and did not say what it took, that is an estimate: it was billed.
+
     Args:
         target: Which model.
         call: What it is asked.
@@ -43,7 +45,6 @@ async def asked(
     Raises:
         ModelError: It did not answer, or not to the end.
     """
-    usage: Json = {}
     meter = Meter(target)
     try:
         async with meter, target.adapter.stream(call) as events:
@@ -54,11 +55,10 @@ async def asked(
                 turn.add(event)
         if turn.finished is None:
             raise ModelUnavailable("The upstream's answer ended early.")
-        usage = turn.finished.usage
     finally:
-        is_metered = bool(usage) or not meter.has_begun
-        taken = usage if is_metered else _about(call, turn.text())
-        await account(target, taken, is_metered=is_metered)
+        if meter.has_begun and not turn.taken:
+            turn.taken = _about(call, turn.text())
+        await account(target, turn.taken)
 
 
 def call_for(

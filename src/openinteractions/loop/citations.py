@@ -1,12 +1,13 @@
 """Where an answer rests on pages that the run has read or found.
 
-A citation is a link in the answer to such a page. It covers the sentence that the link stands in,
-or the list item or table row; where a sentence is nothing but links, the one before it too. All of
-it takes time in proportion to the text's length, whatever the text is.
+A citation is a link in the answer to such a page, or a mark like `[1]` or `[^1]` that a line of
+the answer explains by such a link. It covers the sentence that the link stands in, or the list item
+or table row; where a sentence is nothing but links, the one before it too. All of it takes time in
+proportion to the text's length, whatever the text is.
 """
 
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, cast
@@ -18,12 +19,20 @@ _MAX_URL: Final = 4_096
 _URL: Final = re.compile(r"https?://[^\s<>\[\]\"`|\\^{}]+", re.IGNORECASE)
 # The look-behind and the possessive runs keep a search from trying each place of a run again.
 _SENTENCE_END: Final = re.compile(
-    r"(?<![.!?…])[.!?…]++[\"'”’)\]*_]*+(?=\s)|[。！？]"  # noqa: RUF001 - East Asian sentences
+    r"(?:(?<![.!?…])[.!?…]++[\"'”’)\]*_]*+(?:[ ]?\[(?:\^[\w-]{1,40}|\d{1,4})\](?!\())*+(?=\s)"  # noqa: RUF001 - quotation marks
+    r"|[。！？](?:\[(?:\^[\w-]{1,40}|\d{1,4})\](?!\())*+)"  # noqa: RUF001 - East Asian sentences
 )
 _ITEM: Final = re.compile(r"[ \t]{0,40}(?:\||(?:[-*+•]|\d{1,9}[.)]|#{1,6})[ \t])")
 _FENCE: Final = re.compile(r"[ \t]{0,40}(?:```|~~~)")
 _BRACKET: Final = re.compile(r"[\[\]]")
 _TRAILING: Final = ".,;:!?'*_~”’"  # noqa: RUF001 - quotation marks
+_WIDE: Final = re.compile(r"[（）［］｛｝「」『』【】〔〕《》〈〉、。，．；：！？…]")  # noqa: RUF001 - likewise
+_LABEL: Final = r"\^?[\w-]{1,40}"
+_DEFINITION: Final = re.compile(
+    rf"^[ \t]{{0,3}}(?:[-*+][ \t]{{1,3}})?\[({_LABEL})\](?:([:：])[ \t]{{0,9}}|[ \t]{{1,9}})",  # noqa: RUF001 - likewise
+    re.MULTILINE,
+)
+_REFERENCE: Final = re.compile(rf"\[({_LABEL}(?:[ ]?,[ ]?{_LABEL}){{0,9}})\](?!\()")
 _TRACKING: Final = re.compile(
     r"utm_\w+|gclid|fbclid|msclkid|mc_[ce]id|igshid|ref_src", re.IGNORECASE
 )
@@ -38,7 +47,8 @@ def sources(steps: Sequence[Json]) -> dict[str, str]:
     for step in steps:
         match step["type"]:
             case "function_call" if step["name"] == "browser":
-                url = cast("Json", step["arguments"]).get("url")
+                arguments: object = step["arguments"]
+                url = cast("Json", arguments).get("url") if isinstance(arguments, dict) else None
                 if isinstance(url, str) and url:
                     opened[step["id"]] = url
             case "function_result" if not step.get("is_error") and step["call_id"] in opened:
@@ -77,7 +87,9 @@ def annotations(text: str, pages: Mapping[str, str]) -> list[Json]:
     cited = [known.get(normalised(text[link.start : link.end])) for link in links]
     if not any(cited):
         return []
-    urls = [None if page is None else page[0] for page in cited]
+    links, urls = _resolved(
+        text, links, [None if page is None else page[0] for page in cited], code
+    )
     spans = _spans(_segments(text, links, code), links, urls)
     titles = dict(known.values())
     offsets = _byte_offsets(text, {at for span in spans for at in (span.start, span.end)})
@@ -158,6 +170,9 @@ def _links(text: str, code: "_Ranges") -> Iterator[_Link]:
         if text.endswith(("](", "](<"), 0, start):
             yield _Link(start, end, words.begin(start), _closing(text, end))
         else:
+            # Where nothing else ends it, the punctuation of a text without blanks does.
+            wide = _WIDE.search(text, start, end)
+            end = end if wide is None else _url_end(text, start, wide.start())
             yield _Link(start, end, start, end)
 
 
@@ -247,6 +262,52 @@ class _Ranges:
             at += 1
         if start < end:
             yield start, end
+
+
+# ---- references
+
+
+def _resolved(
+    text: str, links: Sequence[_Link], urls: Sequence[str | None], code: "_Ranges"
+) -> tuple[list[_Link], list[str | None]]:
+    """The links with the marks that refer to them, in order; a line that explains one is no claim.
+
+    Args:
+        text: The text.
+        links: Its URLs, in order.
+        urls: The page that each cites; None: none.
+        code: Where no link is one.
+    """
+    starts = [link.start for link in links]
+    meant: dict[str, str] = {}
+    explained: dict[str, int] = {}
+    opened: set[int] = set()
+    for match in _DEFINITION.finditer(text):
+        label = match[1].casefold()
+        end = text.find("\n", match.end())
+        at = bisect_left(starts, match.end())
+        is_on_line = at < len(links) and (end < 0 or starts[at] < end)
+        url = urls[at] if is_on_line else None
+        # Without a colon, words in brackets may be anything.
+        if url is None or not (match[2] or label.lstrip("^").isdecimal()):
+            continue
+        meant.setdefault(label, url)
+        explained.setdefault(label, at)
+        opened.add(match.start(1))
+    if not meant:
+        return list(links), list(urls)
+    found = list(zip(links, urls, strict=True))
+    for match in _REFERENCE.finditer(text):
+        if match.start(1) in opened or code.holds(match.start()):
+            continue
+        for label in {part.strip().casefold(): None for part in match[1].split(",")}:
+            if label in meant:
+                place = _Link(*match.span(), *match.span())
+                found.append((place, meant[label]))
+                at = explained[label]
+                found[at] = (found[at][0], None)
+    found.sort(key=lambda pair: pair[0].start)
+    return [link for link, _ in found], [url for _, url in found]
 
 
 # ---- what a link covers

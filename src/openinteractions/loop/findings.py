@@ -1,4 +1,4 @@
-"""What our own web tools found, as a model reads it: text in place of JSON.
+"""What our own web tools, and `tool_search`, found, as a model reads it: text in place of JSON.
 
 Text of the web is fenced. The fence carries a digest of what it holds, which no page can contain of
 itself, so that a page cannot end its own fence and speak as somebody else.
@@ -7,6 +7,8 @@ itself, so that a page cannot end its own fence and speak as somebody else.
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, cast
+
+import orjson
 
 from openinteractions.models.port import Json
 
@@ -22,8 +24,11 @@ _MAX_LINE: Final = 1_000
 def readable(step: Json) -> Json:
     """The step, its result as text if it is one of our own web tools'; else the step itself.
 
-    A vendor's own result stays as it is: it has a signature, or nothing of the pages.
+    A vendor's own result stays as it is: it has a signature, or nothing of the pages. What a tool
+    search has to say beside the functions stands before them.
     """
+    if step["type"] == "tool_search_result":
+        return _with_message(step)
     write = _WRITERS.get(step["type"])
     if write is None or step.get("signature"):
         return step
@@ -35,6 +40,15 @@ def readable(step: Json) -> Json:
         return step
     entries = [_UNTRUSTED, *(write(number, item) for number, item in enumerate(found, 1))]
     return {**step, "result": "\n\n".join(entries)}
+
+
+def _with_message(step: Json) -> Json:
+    message: object = step.get("message")
+    if not isinstance(message, str) or not message:
+        return step
+    functions: object = step.get("result")
+    loaded = f"\n\nLoaded: {orjson.dumps(functions).decode()}" if functions else ""
+    return {**step, "result": f"{message}{loaded}"}
 
 
 def fenced(text: str, name: str) -> str:

@@ -69,9 +69,13 @@ def room_for_output(
     """
     rooms: list[int] = []
     if limits.max_total_tokens is not None:
-        used = spent_tokens(state.usage) + state.unmetered_tokens
+        used = spent_tokens(state.usage)
         rooms.append(limits.max_total_tokens - used - input_tokens)
-        _require(rooms[-1], f"max_total_tokens = {limits.max_total_tokens} ({used} used)")
+        _require(
+            rooms[-1],
+            f"max_total_tokens = {limits.max_total_tokens} ({used} used)",
+            f"has about {input_tokens} tokens",
+        )
     if limits.max_cost_nanousd is not None:
         if price is None or state.cost_nanousd is None:
             raise BudgetSpent("The cost limit cannot be kept: the model has no known price.")
@@ -81,12 +85,15 @@ def room_for_output(
             int(left) if not price.output else rooms[-1],
             f"max_cost_usd = {limits.max_cost_nanousd / 1e9:g} "
             f"({state.cost_nanousd / 1e9:.6f} spent)",
+            f"costs about ${input_tokens * price.input / 1e9:.6f}",
         )
         if not price.output:
             rooms.pop()
     return min(rooms) if rooms else None
 
 
-def _require(room: int, what: str) -> None:
+def _require(room: int, what: str, needed: str) -> None:
     if room < 1:
-        raise BudgetSpent(f"The limit {what} leaves no room for another model call.")
+        raise BudgetSpent(
+            f"The limit {what} leaves no room for another model call: its input alone {needed}."
+        )

@@ -6,6 +6,7 @@ from datetime import timedelta
 from typing import Protocol
 
 from openinteractions.events.types import Event
+from openinteractions.loop.earlier import Found
 from openinteractions.loop.spec import RunState
 from openinteractions.loop.turn import Show
 from openinteractions.models.catalog import Price, Target
@@ -28,8 +29,12 @@ class Models(Protocol):
 class History(Protocol):
     """The interactions before this one, oldest first."""
 
-    async def messages(self, target: Target) -> Sequence[bytes]:
+    async def messages(self, target: Target, *, is_bare: bool = False) -> Sequence[bytes]:
         """As this model's messages.
+
+        Args:
+            target: Which model.
+            is_bare: Without the pictures in results (`loop.pictures`).
 
         Raises:
             Invalid: Something in it cannot be shown to this model.
@@ -38,6 +43,14 @@ class History(Protocol):
 
     async def own(self, steps: Sequence[Json], target: Target) -> list[bytes]:
         """The running interaction's steps as this model's messages; raises like `messages`."""
+        ...
+
+    async def called(self, call_ids: Sequence[str]) -> set[str]:
+        """Which of these ids a call there may have; one too many does no harm."""
+        ...
+
+    async def found(self, target: Target) -> Found:
+        """What the turns there have found and a handover does not take away."""
         ...
 
     async def steps(self, max_chars: int) -> list[Json]:

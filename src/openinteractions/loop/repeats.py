@@ -1,5 +1,6 @@
 """Noticing that a run goes in circles: the same call, with the same result, again and again.
 
+Calls that stand beside each other count once: the model had no result of any of them yet.
 Everything follows from the steps, so another worker comes to the same conclusion.
 """
 
@@ -11,7 +12,7 @@ from openinteractions.models.port import Json
 WARN_AT = 3
 END_AT = 6
 _LOOK_BACK = 16
-"""So many calls back a repetition counts."""
+"""So many turns back a repetition counts."""
 _MARK = "\n\n[This is the same call with the same result as before, "
 
 
@@ -48,16 +49,23 @@ def is_stuck(steps: Sequence[Json]) -> bool:
 
 
 def _seen(steps: Sequence[Json], call: Json, result: Json) -> int:
-    """How often the last calls were this one, with this result."""
+    """In how many of the turns before it this call had this result."""
     wanted = (_identity(call), _bare(result))
-    calls: dict[str, Json] = {}
-    pairs: list[tuple[Any, Any]] = []
+    calls: dict[str, tuple[int, Json]] = {}
+    found: set[int] = set()
+    turn, is_answered = 0, False
     for step in steps:
-        if step["type"].endswith("_call"):
-            calls[step["id"]] = step
-        elif step["type"].endswith("_result") and step["call_id"] in calls:
-            pairs.append((_identity(calls[step["call_id"]]), _bare(step)))
-    return sum(pair == wanted for pair in pairs[-_LOOK_BACK:])
+        kind: str = step["type"]
+        if kind.endswith("_call"):
+            turn, is_answered = turn + is_answered, False
+            calls[step["id"]] = turn, step
+        elif kind.endswith("_result") and step["call_id"] in calls:
+            is_answered = True
+            number, asked = calls[step["call_id"]]
+            if (_identity(asked), _bare(step)) == wanted:
+                found.add(number)
+    own = calls[call["id"]][0]
+    return sum(own - _LOOK_BACK <= number < own for number in found)
 
 
 def _identity(call: Json) -> tuple[Any, ...]:

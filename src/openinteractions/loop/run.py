@@ -22,12 +22,13 @@ from openinteractions.errors import (
     ModelUnavailable,
     NotFound,
 )
-from openinteractions.loop import deferred, repeats
+from openinteractions.loop import deferred, pictures, repeats
 from openinteractions.loop.approval import Asking, Supervised
 from openinteractions.loop.asking import asked, call_for
 from openinteractions.loop.calls import Calls
 from openinteractions.loop.citations import annotations, sources
 from openinteractions.loop.context import NOTE, compacts, open_calls, resumption_note
+from openinteractions.loop.earlier import Found, joined
 from openinteractions.loop.limits import (
     BudgetSpent,
     cost_nanousd,
@@ -113,6 +114,10 @@ class Run:
         self._feedback: list[Json] = []
         self._clamped = False
         self._is_continued = False
+        self._earlier: Found | None = None
+        """What the turns before have found; None: nobody has looked."""
+        self._bare = 0
+        """So many own steps, and all before them, are shown without their results' pictures."""
         self._began = time.monotonic()
         self._earlier_s = state.seconds
 
@@ -203,7 +208,7 @@ class Run:
 
     async def _ask_patiently(self, target: Target, failures: list[str]) -> Turn:
         attempt = 0
-        has_overflown = False
+        has_overflown = is_bare = False
         while True:
             attempt += 1
             messages = await self._messages(target)
@@ -225,6 +230,11 @@ class Run:
                 await asyncio.sleep(self._wait(attempt, error.retry_after_s))
             except ModelError as error:
                 await self._broke_off(turn, None)
+                if not is_bare and pictures.are_refused(error):
+                    is_bare = await self._takes_out(messages, target)
+                    if is_bare:
+                        _log.warning("model.refused_picture", model=target.id, error=error.message)
+                        continue
                 room = self._room
                 is_long = isinstance(error, ContextOverflow) and not has_overflown
                 if room is None or not is_long:
@@ -251,13 +261,23 @@ class Run:
 
     async def _all_messages(self, target: Target) -> list[bytes]:
         own = [*self._record.inputs, *self.generated]
-        earlier = () if compacts(own) else await self._ports.history.messages(target)
+        bare, history = self._bare, self._ports.history
+        earlier = () if compacts(own) else await history.messages(target, is_bare=bare > 0)
         self._is_continued = bool(earlier)
+        if self._earlier is None:
+            self._earlier = await history.found(target)
+        own[:bare] = pictures.without(own[:bare])
         own += [*self._repair(), *self._feedback]
         return [*earlier, *await self._ports.history.own(own, target)]
 
+    async def _takes_out(self, refused: Sequence[bytes], target: Target) -> bool:
+        """Take the pictures out of all results so far; False where that changes nothing."""
+        self._bare = len(self._record.inputs) + len(self.generated)
+        return await self._all_messages(target) != refused
+
     def _new_turn(self, target: Target) -> Turn:
-        pages = sources(self.generated)
+        own = Found(sources([*self._record.inputs, *self.generated]))
+        pages = joined((self._earlier or Found(), own)).pages
         return Turn(
             self._ports.journal.show,
             first_index=len(self.generated),
@@ -318,7 +338,9 @@ class Run:
     def _declared(self) -> list[Json]:
         """What the model can call now."""
         steps = [*self._record.inputs, *self.generated]
-        return [*deferred.declared(self.spec.tools, steps), *self._tools.declarations()]
+        earlier = None if self._earlier is None else self._earlier.functions
+        own = self._tools.declarations()
+        return [*deferred.declared(self.spec.tools, steps, earlier), *own]
 
     @property
     def _has_called(self) -> bool:
@@ -333,13 +355,9 @@ class Run:
             or limits.max_cost_nanousd is not None
         )
 
-    async def _account(self, target: Target, usage: Json, *, is_metered: bool) -> None:
+    async def _account(self, target: Target, usage: Json) -> None:
         cost = cost_nanousd(usage, target.price) if usage else 0
-        if is_metered:
-            self.state.usage = add_usage(self.state.usage, usage)
-        else:
-            # It was billed all the same: it counts against limits, and is never shown as usage.
-            self.state.unmetered_tokens += spent_tokens(usage)
+        self.state.usage = add_usage(self.state.usage, usage)
         if cost is None or self.state.cost_nanousd is None:
             self.state.cost_nanousd = None
         else:
@@ -360,7 +378,8 @@ class Run:
 
     async def _start_anew(self, turn: Turn, kind: str, text: str) -> None:
         """Put the note after a broken turn, and make both durable before the model is asked."""
-        turn.add_whole(resumption_note(kind=kind, text=text, discards=len(turn.steps)))
+        note = resumption_note(kind=kind, text=text, discards=len(turn.steps))
+        turn.add_whole(note, is_last=True)
         await self._record.commit(turn.steps)
 
     # ---- executing
@@ -446,6 +465,7 @@ class Run:
         declared = [*self.spec.tools, *self._declared()]
         functions = {tool["name"]: tool for tool in declared if tool["type"] == "function"}
         problems = [self._problem(call, functions) for call in turn.calls]
+        await self._name_calls(turn)
         if any(problems) and self.state.repairs < _MAX_REPAIRS:
             self._ask_for_better_calls(turn, problems)
             return None
@@ -467,12 +487,23 @@ class Run:
         ]
         return await self._act(turn, warnings)
 
+    async def _name_calls(self, turn: Turn) -> None:
+        """Give the calls of a turn ids that no other call of the conversation has."""
+        steps = [*self._record.inputs, *self.generated, *turn.steps, *self._feedback]
+        taken = {step["id"] for step in steps if step["type"].endswith("_call")}
+        wanted = [call.id for call in turn.calls if call.id and call.id not in taken]
+        if wanted:
+            taken |= await self._ports.history.called(wanted)
+        turn.name_calls(taken)
+
     async def _act(self, turn: Turn, warnings: list[Warning]) -> Outcome | None:
         """Do what a turn's calls ask for; None to ask the model again."""
         if all(self._tools.find(call.name) is None for call in turn.calls):
             self._record.keep(turn.steps)
             return Outcome("requires_action", warnings=warnings)
         self.state.repairs = 0
+        # Behind these calls it would ask for others a second time.
+        self._feedback.clear()
         await self._record.commit(turn.steps)
         outcome = await self._run_calls()
         if outcome is not None:
@@ -486,7 +517,8 @@ class Run:
         tool = self._tools.find(call.name)
         if tool is not None and not isinstance(tool, Asking):
             return None
-        return arguments_mismatch(call.arguments, functions.get(call.name))
+        arguments = call.arguments if tool is None else tool.meant(call)
+        return arguments_mismatch(arguments, functions.get(call.name))
 
     def _ask_for_better_calls(self, turn: Turn, problems: Sequence[str | None]) -> None:
         """Tell the model what is wrong with its calls. No reader has seen them."""

@@ -71,11 +71,10 @@ class RunState:
     """Answers that broke their schema and were asked for again."""
     seconds: float = 0.0
     """Time that earlier owners of this run have spent on it."""
-    unmetered_tokens: int = 0
-    """About what calls took that broke off before they said so; counts against limits."""
     cost_nanousd: int | None = 0
     """None once a call was made whose price is unknown."""
     usage: Json = field(default_factory=dict[str, Any])
+    """What all model calls took; of one that broke off before it said so, about what."""
     begun: dict[str, Json] = field(default_factory=dict[str, Any])
     """Notes of calls that have begun and have no result yet, by their keys (ruling R5)."""
 

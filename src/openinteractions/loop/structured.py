@@ -36,6 +36,7 @@ from referencing.exceptions import Unresolvable
 from referencing.jsonschema import DRAFT202012
 
 from openinteractions.errors import Invalid
+from openinteractions.loop.excerpt import cut_middle
 from openinteractions.loop.plain_schema import plain_size
 from openinteractions.models.port import Json
 
@@ -346,13 +347,21 @@ def _nodes(value: Any) -> int:  # noqa: ANN401 - any JSON
     return count
 
 
+def _shortened(error: ValidationError) -> str:
+    """Its message; one about the length of a list does not show the list."""
+    if error.validator in ("minItems", "maxItems") and isinstance(error.instance, list):
+        bound = "at most" if error.validator == "maxItems" else "at least"
+        return f"it has {len(error.instance)} items, and may have {bound} {error.validator_value}"
+    return cut_middle(error.message, _MESSAGE_CHARS)
+
+
 def _counted(keyword: str, check: Callable[..., Any]) -> Callable[..., Iterator[Any]]:
     def counting(validator: Any, wanted: Any, value: Any, schema: Any) -> Iterator[Any]:  # noqa: ANN401
         _spend(_cost(keyword, wanted, value))
         for error in check(validator, wanted, value, schema) or ():
             # A message shows the whole value: many of them are costly, and none is kept.
             _spend(1 + len(error.message) // 256)
-            error.message = error.message[:_MESSAGE_CHARS]
+            error.message = _shortened(error)
             yield error
 
     return counting
@@ -546,7 +555,8 @@ def mismatch(value: Any, schema: Json) -> str | None:  # noqa: ANN401 - any JSON
     if error is None:
         return None
     where = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in error.absolute_path)
-    return f"at ${where}: {error.message}"[:_MESSAGE_CHARS]
+    # What is wrong with the value stands behind it.
+    return cut_middle(f"at ${where}: {error.message}", _MESSAGE_CHARS)
 
 
 def text_mismatch(text: str, schema: Json) -> str | None:

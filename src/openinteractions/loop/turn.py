@@ -5,7 +5,8 @@ never shown a call. Citations are held back to the end of their text block, so t
 back from the steps shows everything in the same order.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Protocol, TypeAlias
 
 import orjson
@@ -82,10 +83,11 @@ class Turn:
         self._held: list[Json] = []
         self.steps: list[Json] = []
         """Finished steps, in order."""
-        self._call_steps: list[Json] = []
         self.calls: list[ToolCall] = []
-        """Calls of the turn, held back; see `reveal_calls`."""
+        """Calls of the turn, held back; see `name_calls` and `reveal_calls`."""
         self.finished: Finished | None = None
+        self.taken: Json = {}
+        """What the model call took: as it said, or about that where it broke off before."""
 
     @property
     def has_shown(self) -> bool:
@@ -113,6 +115,7 @@ class Turn:
                 self.add_whole(self._sealed(step))
             case Finished():
                 self.finished = event
+                self.taken = event.usage
 
     def add_whole(self, step: Json, *, show: Show | None = None, is_last: bool = False) -> None:
         """Add a step that is there all at once.
@@ -129,30 +132,34 @@ class Turn:
         if self._show is not None:
             (show or self._show)(*whole_step_events(index, step))
 
-    def call_steps(self) -> list[Json]:
-        """The held-back calls as `function_call` steps; a missing id is minted once.
+    def name_calls(self, taken: Collection[str]) -> None:
+        """Give each held-back call an id that no other one has: a result names what it answers.
 
-        So is one for a call that has another one's: a result names the call that it answers.
+        The vendor's own stays where it can. Some count anew with each answer.
+
+        Args:
+            taken: Ids that calls before this turn have.
         """
-        if not self._call_steps:
-            known: set[str | None] = {None}
-            fresh: list[str] = []
-            for call in self.calls:
-                fresh.append(ids.call_id() if call.id in known else call.id or ids.call_id())
-                known.add(call.id)
-            self._call_steps = [
-                self._sealed(
-                    {
-                        "type": "function_call",
-                        "id": fresh_id,
-                        "name": call.name,
-                        "arguments": call.arguments,
-                    }
-                    | ({"signature": call.signature} if call.signature else {})
-                )
-                for call, fresh_id in zip(self.calls, fresh, strict=True)
-            ]
-        return self._call_steps
+        known = set(taken)
+        for at, call in enumerate(self.calls):
+            if not call.id or call.id in known:
+                self.calls[at] = replace(call, id=ids.call_id())
+            known.add(self.calls[at].id or "")
+
+    def call_steps(self) -> list[Json]:
+        """The held-back calls as `function_call` steps; see `name_calls` for their ids."""
+        return [
+            self._sealed(
+                {
+                    "type": "function_call",
+                    "id": call.id,
+                    "name": call.name,
+                    "arguments": call.arguments,
+                }
+                | ({"signature": call.signature} if call.signature else {})
+            )
+            for call in self.calls
+        ]
 
     def reveal_calls(self, tools: Toolbox, hold: Show) -> None:
         """Close what is open and add the held-back calls to the steps.
@@ -300,9 +307,9 @@ class Turn:
         if self._usage is None:
             return step
         own: Json = {}
-        if is_last and self.finished is not None and not self._is_counted:
+        if is_last and self.taken and not self._is_counted:
             self._is_counted = True
-            own = self.finished.usage
+            own = self.taken
             self._usage = add_usage(self._usage, own)
         return with_usage(step, self._usage, own)
 

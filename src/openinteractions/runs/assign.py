@@ -1,7 +1,7 @@
 """Who runs which of a run's tools: the caller, the model's vendor, or this server."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Final
 
@@ -14,6 +14,10 @@ from openinteractions.tools.toolbox import SANDBOXED, toolbox
 
 _SEARCHES: Final = frozenset({"gemini", "anthropic"})
 """Kinds of providers whose vendor searches the web itself."""
+_VENDORS: Final = frozenset(
+    {"google_search", "url_context", "code_execution", "google_maps", "file_search", "computer_use"}
+)
+"""Tools that a vendor may run; all others are functions to a model."""
 _NO_SEARCH: Final = (
     "this server has no search backend; its operator can set one up (settings search.*)"
 )
@@ -21,10 +25,12 @@ _NO_SEARCH: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Powers:
-    """What this server can do for a run."""
+    """What this server and the model's vendor can do for a run."""
 
     vendor_runs_code: bool
     """Whether a vendor that can run `code_execution` itself does so."""
+    mixes: bool = True
+    """Whether the model takes tools that its vendor runs beside functions."""
     search_types: frozenset[str] = frozenset()
     """What the configured search backend can search for; empty: there is none."""
     servers: Mapping[int, Json] = field(default_factory=dict[int, Any])
@@ -50,7 +56,16 @@ class _Case:
 
     def is_ours(self, kind: str) -> bool:
         """Whether this server runs it, also where the vendor could."""
-        return self.is_agent or self.kinds != {"gemini"} or self.asks_for(kind)
+        is_vendors = self.powers.mixes and self.kinds == {"gemini"}
+        return self.is_agent or not is_vendors or self.asks_for(kind)
+
+    def is_function(self, kind: str) -> bool:
+        """Whether the model sees tools of a type as functions."""
+        if kind == "google_search":
+            return self.asks_for(kind)
+        if kind == "code_execution":
+            return self.is_ours(kind) or not self.powers.vendor_runs_code
+        return self.is_ours(kind) if kind == "url_context" else kind not in _VENDORS
 
 
 @dataclass(slots=True)
@@ -100,7 +115,9 @@ def assign(
         Invalid: A tool cannot be had; the message names it, and what would help.
     """
     found = Assigned()
-    case = _Case(kinds, powers, is_agent, approve)
+    case = _Case(kinds, replace(powers, mixes=True), is_agent, approve)
+    if any(case.is_function(tool["type"]) for tool in tools):
+        case = replace(case, powers=powers)
     for number, tool in enumerate(tools):
         reason = _place(tool, number, case, found)
         if reason is None:
@@ -146,13 +163,23 @@ def _search(tool: Json, case: _Case, found: Assigned) -> str | None:
     """Gemini searches itself; else the operator's backend does, else a vendor that can."""
     kinds, types = case.kinds, case.powers.search_types
     is_vendors = kinds == {"gemini"} or (not types and len(kinds) == 1 and kinds <= _SEARCHES)
+    if is_vendors and not case.powers.mixes:
+        return _search_here(tool, case, found)
     if is_vendors and not case.asks_for("google_search"):
         found.passed.append(tool)
         return None
     if is_vendors and not types:
         return "a search that the model's vendor runs cannot wait for consent"
+    return _search_here(tool, case, found) if types else _NO_SEARCH
+
+
+def _search_here(tool: Json, case: _Case, found: Assigned) -> str | None:
+    """The operator's backend searches; without one, a model that does not do both goes without."""
+    types = case.powers.search_types
     if not types:
-        return _NO_SEARCH
+        message = f"This model searches only where it has no functions, and {_NO_SEARCH}."
+        found.warnings.append(Warning("tool_left_out", "tools.google_search", message))
+        return None
     unknown = [kind for kind in tool.get("search_types", ()) if kind not in types]
     if unknown:
         return f"this server's search backend has no '{unknown[0]}'"

@@ -1,6 +1,6 @@
 """What a run works with: its tools, connected, and what its environment's files tell it."""
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -10,10 +10,10 @@ import structlog
 
 from openinteractions.errors import RequestError
 from openinteractions.loop.spec import RunSpec
-from openinteractions.models.port import Json
+from openinteractions.models.port import Json, Warning  # noqa: A004 - the contract's word
 from openinteractions.resources.environments.service import Environments
 from openinteractions.runs.agents import guidance, prompt
-from openinteractions.runs.agents.guidance import Guidance
+from openinteractions.runs.agents.guidance import Guidance, Note
 from openinteractions.runs.web import Reaches
 from openinteractions.runs.workplace import RemoteWorkplace
 from openinteractions.tools.hooks import hooked
@@ -51,6 +51,8 @@ class Kit:
     tools: Toolbox
     failure: RequestError | None = None
     """Why the run cannot go on: the files of its environment cannot be read."""
+    warnings: Sequence[Warning] = ()
+    """What of the environment's files was left out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +83,8 @@ class Equipment:
                 )
             if spec.system is not None:
                 spec = replace(spec, system=prompt.guided(spec.system, found))
-            yield Kit(spec=spec, tools=tools, failure=failure)
+            warnings = [_warning(note) for note in found.notes]
+            yield Kit(spec=spec, tools=tools, failure=failure, warnings=warnings)
 
     @asynccontextmanager
     async def _servers(self, run: Run) -> AsyncGenerator[Mapping[str, McpServer]]:
@@ -104,8 +107,17 @@ class Equipment:
             found = await guidance.read(place)
         except RequestError as error:
             return Guidance(), error
+        if run.spec.approve:
+            found = guidance.supervised(found, run.spec.approve)
         for note in found.notes:
-            _log.info("guidance.left_out", interaction_id=run.interaction_id.hex, reason=note)
+            # A hook that is left out stops nothing, which somebody may rely on.
+            log = _log.warning if note.about == "hooks" else _log.info
+            log(
+                "guidance.left_out",
+                interaction_id=run.interaction_id.hex,
+                about=note.about,
+                reason=note.text,
+            )
         return found, None
 
     def _workplace(self, run: Run) -> Workplace | None:
@@ -123,5 +135,12 @@ class Equipment:
         """The web within the rules of the run's environment."""
         environment = run.environment_id
         if environment is None:
-            return self.web.web()
-        return self.web.web(lambda: self.sandboxes.network_of(run.project_id, environment))
+            return self.web.web(owner=run.project_id.hex)
+        return self.web.web(
+            lambda: self.sandboxes.network_of(run.project_id, environment),
+            owner=run.project_id.hex,
+        )
+
+
+def _warning(note: Note) -> Warning:
+    return Warning("guidance_left_out", f"environment.{note.about}", note.text)

@@ -16,8 +16,10 @@ import orjson
 
 from openinteractions.db.engine import Database
 from openinteractions.errors import Invalid
+from openinteractions.loop import pictures
 from openinteractions.loop.compaction import text_only
 from openinteractions.loop.context import compacts, for_model, visible
+from openinteractions.loop.earlier import Found, found_in, found_in_rows, joined
 from openinteractions.models.catalog import Target
 from openinteractions.models.port import Json
 from openinteractions.netguard import Fetched, Fetcher
@@ -46,14 +48,33 @@ class _Compiled:
     """How much of its size the cache has counted."""
     waiting: tuple[int, bytes] | None = None
     """The turn after it, which has ended but is not compiled before it is needed."""
+    finds: list[tuple[int, Found]] = field(default_factory=list[tuple[int, Found]])
+    """Depth → what was found there, also before a handover; in order."""
 
-    def extend(self, depth: int, messages: Sequence[bytes], *, is_compacted: bool = False) -> None:
+    def extend(
+        self,
+        depth: int,
+        messages: Sequence[bytes],
+        found: Found | None = None,
+        *,
+        is_compacted: bool = False,
+    ) -> None:
         before = self.starts.get(self.depth, 0)
         self.starts[depth] = len(self.messages) if is_compacted else before
         self.messages += messages
         self.ends[depth] = len(self.messages)
         self.depth = depth
         self.size += sum(map(len, messages)) + 64
+        self.add_found(depth, found)
+
+    def add_found(self, depth: int, found: Found | None) -> None:
+        if found:
+            self.finds.append((depth, found))
+            self.size += found.size()
+
+    def found(self, depth: int) -> Found:
+        """What was found up to and including this turn."""
+        return joined(found for at, found in self.finds if at <= depth)
 
     def up_to(self, depth: int) -> list[bytes]:
         """What a turn after this one is shown."""
@@ -155,7 +176,7 @@ class Inliner:
         if fetched is None:
             if len(self._fetched) >= _MOST_FETCHES:
                 raise Invalid(f"More than {_MOST_FETCHES} different URIs would have to be fetched.")
-            fetched = await self._fetcher.fetch(uri)
+            fetched = await self._fetcher.fetch(uri, owner=self._project_id.hex)
             self._fetched[uri] = fetched
             if sum(len(item.data) for item in self._fetched.values()) > self._fetcher.max_bytes:
                 most = self._fetcher.max_bytes
@@ -181,12 +202,20 @@ class LineHistory:
         self._inline = inliner
         self._line = line
         self._ready = ready
+        self._bare: dict[str, list[bytes]] = {}
+        """Target → the turns without their results' pictures; of this run only."""
 
-    async def messages(self, target: Target) -> Sequence[bytes]:
-        """Every earlier turn as the target's messages."""
+    async def messages(self, target: Target, *, is_bare: bool = False) -> Sequence[bytes]:
+        """Every earlier turn as the target's messages; bare: without the pictures in results."""
         line = self._line
+        if is_bare:
+            # The input was compiled with them.
+            self._ready = None
         if line is None:
             return ()
+        return await (self._bare_messages if is_bare else self._messages)(line, target)
+
+    async def _messages(self, line: Line, target: Target) -> Sequence[bytes]:
         if line.idx is not None:
             return (await self._compile_line(line, target)).up_to(line.depth)
         known = self._cache.find(line.segment_id, target.id)
@@ -204,12 +233,34 @@ class LineHistory:
         self._cache.keep(line.segment_id, target.id, compiled)
         return compiled.up_to(line.depth)
 
+    async def _bare_messages(self, line: Line, target: Target) -> Sequence[bytes]:
+        if target.id not in self._bare:
+            compiled = await self._compile_line(line, target, is_bare=True)
+            self._bare[target.id] = compiled.up_to(line.depth)
+        return self._bare[target.id]
+
     async def own(self, steps: Sequence[Json], target: Target) -> list[bytes]:
         """The running interaction's steps as the target's messages."""
         ready = self._ready
         if ready is not None and ready.target == target.id and ready.steps == len(steps):
             return ready.messages
         return await self._compile(steps, target)
+
+    async def called(self, call_ids: Sequence[str]) -> set[str]:
+        """Which of these ids occur in the calls of the turns before."""
+        if self._line is None:
+            return set()
+        return await store.called(self._database, self._line, call_ids)
+
+    async def found(self, target: Target) -> Found:
+        """What the turns before have found; cheap once the target's messages were asked for."""
+        line = self._line
+        if line is None:
+            return Found()
+        known = self._cache.find(line.segment_id, target.id)
+        if line.idx is None and known is not None and line.depth in known.ends:
+            return known.found(line.depth)
+        return joined(found_in_rows(turn) for _, turn in await self._turns(line, start=0))
 
     async def steps(self, max_chars: int) -> list[Json]:
         """What a model sees of the turns before, as steps without media; the newest if too many."""
@@ -245,7 +296,7 @@ class LineHistory:
         known.waiting = None
         known.size -= len(steps)
         if known.depth == depth - 1:
-            known.extend(depth, messages, is_compacted=compacts(parsed))
+            known.extend(depth, messages, found_in(parsed), is_compacted=compacts(parsed))
         self._cache.grew(segment_id, target.id, known)
 
     async def _turns(self, line: Line, *, start: int) -> list[tuple[int, list[bytes]]]:
@@ -256,7 +307,9 @@ class LineHistory:
             for depth, turn in groupby(rows, key=itemgetter(0))
         ]
 
-    async def _compile_line(self, line: Line, target: Target) -> _Compiled:
+    async def _compile_line(
+        self, line: Line, target: Target, *, is_bare: bool = False
+    ) -> _Compiled:
         """A line from its beginning, or from its last handover: nothing before it is shown."""
         turns = await self._turns(line, start=0)
         start = 0
@@ -265,7 +318,9 @@ class LineHistory:
                 start = at
                 break
         compiled = _Compiled()
-        await self._extend(compiled, turns[start:], line, target)
+        for depth, turn in turns[:start]:
+            compiled.add_found(depth, found_in_rows(turn))
+        await self._extend(compiled, turns[start:], line, target, is_bare=is_bare)
         return compiled
 
     async def _extend(
@@ -274,13 +329,17 @@ class LineHistory:
         turns: Sequence[tuple[int, Sequence[bytes]]],
         line: Line,
         target: Target,
+        *,
+        is_bare: bool = False,
     ) -> None:
         for depth, turn in turns:
             steps: list[Json] = [orjson.loads(data) for data in turn]
+            if is_bare:
+                steps = pictures.without(steps)
             messages = await self._compile(steps, target)
             # Two forks may be extending the same line; whoever compiles a turn first adds it.
             if depth > into.depth:
-                into.extend(depth, messages, is_compacted=compacts(steps))
+                into.extend(depth, messages, found_in(steps), is_compacted=compacts(steps))
         if into.depth < line.depth:
             into.extend(line.depth, ())
 

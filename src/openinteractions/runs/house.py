@@ -95,7 +95,7 @@ class House:
         if is_sandbox_optional:
             try:
                 await self.sandboxes.require_broker()
-            except Unready as error:
+            except (Invalid, Unready) as error:
                 missing = error.message
         entries: Mapping[int, Json] = {}
         secrets: Json | None = None

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ from openinteractions.events.log import Stream, Writer
 from openinteractions.events.types import Event, join
 from openinteractions.loop.spec import RunState
 from openinteractions.loop.turn import Show
-from openinteractions.models.port import Json
+from openinteractions.models.port import Json, Warning  # noqa: A004 - the contract's word
 from openinteractions.resources.files import media
 from openinteractions.resources.files import store as files
 from openinteractions.resources.interactions.store import Interaction, StoredStep
@@ -70,6 +70,21 @@ class DatabaseJournal:
     async def record(self, steps: Sequence[Json], state: RunState) -> None:
         """Make durable what a dead owner has left: no progress of the run's own."""
         await _whole(self._commit(steps, state, is_progress=False))
+
+    async def warn(self, warnings: Sequence[Warning]) -> bytes | None:
+        """Add to the interaction's `warnings`, which readers see at once; returns all of them."""
+        row = self._row
+        known: list[Json] = orjson.loads(row.warnings or b"[]")
+        # Who takes a run over finds what its last owner has found.
+        fresh = [each for each in dict.fromkeys(warnings) if asdict(each) not in known]
+        if not fresh:
+            return row.warnings
+        data = orjson.dumps([*known, *map(asdict, fresh)])
+        epoch = self._stream.epoch
+        await _whole(
+            _until_back(lambda: store.warn(self._database, row.id, epoch=epoch, warnings=data))
+        )
+        return data
 
     async def finish(self, steps: Sequence[Json], state: RunState, ending: Ending) -> datetime:
         """Write the run's end; returns the interaction's `updated_at`."""

@@ -221,7 +221,7 @@ class McpServers:
                 "takes one of type bearer_token or oauth2."
             )
             raise Unusable("unknown", message)
-        if not is_header_name(found.header_name) or not is_header_value(found.value):
+        if not is_header_name(found.header_name) or not _is_carried(found.value):
             message = f"Credential '{shown(credential_id)}' cannot be put into a header."
             raise Unusable("unknown", message)
         return found.header_name, found.value
@@ -295,8 +295,16 @@ def _require_headers(headers: Mapping[str, str], where: str) -> None:
     for name, value in headers.items():
         if not is_header_name(name) or name.lower().startswith("mcp-"):
             raise Invalid(f"Invalid value at '{where}': '{shown(name)}' cannot be set.")
-        if not is_header_value(value):
-            raise Invalid(f"Invalid value at '{where}.{name}': an HTTP header cannot carry it.")
+        if not _is_carried(value):
+            raise Invalid(
+                f"Invalid value at '{where}.{name}': a header carries only characters of ASCII, "
+                "and none that control."
+            )
+
+
+def _is_carried(value: str) -> bool:
+    """Whether a header to an MCP server can have this value: httpx encodes them as ASCII."""
+    return value.isascii() and is_header_value(value)
 
 
 def _chosen(

@@ -8,6 +8,7 @@ one call, down there, is told by the call's `_Attempt`, which travels in the con
 import asyncio
 import base64
 import logging
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -50,6 +51,11 @@ _ANSWER: Final[TypeAdapter[_Answer]] = TypeAdapter(
 _MAYBE: Final = " The call may have taken effect."
 _REFUSALS: Final = frozenset({types.INVALID_PARAMS, types.METHOD_NOT_FOUND, types.HEADER_MISMATCH})
 """What a server says before it does anything; of other errors nobody knows."""
+_CLOSED: Final = "Connection closed"
+_TIMED_OUT: Final = re.compile(r"Request '[^']*' timed out")
+_BROKEN_STREAM: Final = "SSE stream "
+_UNPARSED: Final = ("Failed to parse JSON response: ", "Failed to parse SSE message: ")
+"""What the SDK says itself, under codes that servers use as well; a dump may follow."""
 _VAGUE: Final = frozenset({"Server returned an error response", "Session terminated", "Not Found"})
 """What the SDK says where the server said nothing of use."""
 # They belong to one connection, or aiohttp writes them itself.
@@ -83,6 +89,8 @@ class _Attempt:
 
     most: int
     """Bytes that all their answers may have."""
+    is_call: bool = False
+    """Of a tool: nothing else takes effect."""
     got: int = 0
     cause: str | None = None
     """Why the last of them has no answer, or why that broke off."""
@@ -131,6 +139,7 @@ class Server:
             lambda client: _called(client, tool, arguments, timeout_s=timeout_s),
             timeout_s,
             most=_MAX_ANSWER_BYTES,
+            is_call=True,
         )
         if isinstance(result, types.InputRequiredResult):
             raise Invalid("The tool asks for input from a person, which it cannot get here.")
@@ -148,12 +157,19 @@ class Server:
         """A text without what the server was shown."""
         return self._secrets.hide(text)
 
-    async def _ask(self, ask: Callable[[Client], Awaitable[T]], timeout_s: float, most: int) -> T:
+    async def _ask(
+        self,
+        ask: Callable[[Client], Awaitable[T]],
+        timeout_s: float,
+        *,
+        most: int,
+        is_call: bool = False,
+    ) -> T:
         """Ask; once more over a new session where nothing has come of it."""
         is_again = False
         while True:
             client = await self._client()
-            attempt = _Attempt(most)
+            attempt = _Attempt(most, is_call)
             token = _attempt.set(attempt)
             try:
                 async with asyncio.timeout(timeout_s + _GRACE_S):
@@ -187,30 +203,45 @@ class Server:
                 raise self._explained(cause or error, error.attempt, CONNECT_S) from error
 
     def _explained(self, error: BaseException, attempt: _Attempt, timeout_s: float) -> Invalid:
-        return Invalid(self._secrets.hide(_explanation(error, attempt, timeout_s)))
+        hide = self._secrets.hide
+        # What a cut leaves of a secret would be found no more.
+        said = hide(error.message)[:_MAX_MESSAGE_CHARS] if isinstance(error, MCPError) else ""
+        return Invalid(hide(_explanation(error, said, attempt, timeout_s)))
 
 
-def _explanation(error: BaseException, attempt: _Attempt, timeout_s: float) -> str:
-    """Why there is no result."""
+def _explanation(error: BaseException, said: str, attempt: _Attempt, timeout_s: float) -> str:
+    """Why there is no result; `said` is the message of the error, if it is the server's."""
+    maybe = _MAYBE if attempt.is_call else ""
+    is_unparsed = said.startswith(_UNPARSED)
     if attempt.status and attempt.cause is None:
-        said = error.message if isinstance(error, MCPError) else ""
-        why = "" if said in _VAGUE else f" {said[:_MAX_MESSAGE_CHARS]}"
+        why = "" if said in _VAGUE or is_unparsed else f" {said}"
         is_vague = attempt.is_taken or attempt.status >= HTTPStatus.INTERNAL_SERVER_ERROR
-        maybe = _MAYBE if is_vague else ""
-        return f"The MCP server answered {_named(attempt.status)}.{why}{maybe}"
+        return f"The MCP server answered {_named(attempt.status)}.{why}{maybe if is_vague else ''}"
     code = error.code if isinstance(error, MCPError) else None
     if attempt.cause is not None:
         what = f"The MCP server cannot be used: {attempt.cause}"
-    elif code == types.REQUEST_TIMEOUT or isinstance(error, TimeoutError):
+    elif isinstance(error, TimeoutError) or _is_timeout(code, said):
         what = f"The MCP server gave no answer within {timeout_s:g} seconds."
-    elif code == types.CONNECTION_CLOSED:
+    elif _is_closed(code, said):
         what = "The MCP server broke off without an answer."
+    elif is_unparsed:
+        what = "The MCP server's answer makes no sense: it is no JSON-RPC message."
     elif isinstance(error, MCPError):
-        maybe = _MAYBE if attempt.is_taken and code not in _REFUSALS else ""
-        return f"The MCP server refused: {error.message[:_MAX_MESSAGE_CHARS]}{maybe}"
+        is_vague = attempt.is_taken and code not in _REFUSALS
+        return f"The MCP server refused: {said}{maybe if is_vague else ''}"
     else:
         what = "The MCP server's answer makes no sense."
-    return what + _MAYBE if attempt.is_sent else what
+    return what + maybe if attempt.is_sent else what
+
+
+def _is_timeout(code: int | None, said: str) -> bool:
+    """Whether the SDK waited in vain; servers use the code for errors of their own."""
+    return code == types.REQUEST_TIMEOUT and _TIMED_OUT.fullmatch(said) is not None
+
+
+def _is_closed(code: int | None, said: str) -> bool:
+    """Whether no answer came; servers use the code for errors of their own."""
+    return code == types.CONNECTION_CLOSED and (said == _CLOSED or said.startswith(_BROKEN_STREAM))
 
 
 def _named(status: int) -> str:

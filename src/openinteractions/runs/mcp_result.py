@@ -1,5 +1,6 @@
 """What an MCP tool gave, as the result of a contract step."""
 
+import base64
 from collections.abc import Callable
 from typing import Final, cast
 
@@ -7,6 +8,7 @@ import orjson
 from mcp import types
 
 from openinteractions.models.port import Json
+from openinteractions.wire import pictures
 from openinteractions.wire.media import sniff, standard_base64
 
 MAX_CHARS: Final = 200_000
@@ -110,6 +112,10 @@ class _Blocks:
         kind = sniff(data)
         if kind not in _IMAGES:
             self.say(f"[{mime_type}: left out, since its data is not base64 of such an image]")
+            return
+        problem = pictures.problem(base64.b64decode(data))
+        if problem is not None:
+            self.say(f"[{mime_type}: left out, since it {problem}]")
             return
         self._media_chars += len(data)
         self._blocks.append({"type": "image", "mime_type": kind, "data": data})

@@ -1,7 +1,7 @@
 """From a request to the run spec: aliases resolved, limits decided, everything checked up front."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -11,6 +11,7 @@ from openinteractions.loop.asking import call_for
 from openinteractions.loop.context import for_model
 from openinteractions.loop.spec import Limits, RunSpec
 from openinteractions.loop.structured import enforced, require_schema
+from openinteractions.models import gemini_models
 from openinteractions.models.catalog import Catalog, Target
 from openinteractions.models.port import Json, Warning  # noqa: A004 - the contract's word
 from openinteractions.resources.files import media
@@ -23,6 +24,13 @@ from openinteractions.tools.toolbox import Toolbox, toolbox
 from openinteractions.wire.create import CreateInteraction
 
 _NANO = 1_000_000_000
+_NOT_IN_ENVIRONMENT = Warning(
+    "environment_unused",
+    "environment",
+    "The model's vendor runs the code itself: it has neither the files nor the network rules and "
+    "variables of this environment. The operator can have it run here (setting "
+    "sandbox.code_execution).",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +69,14 @@ async def prepare(request: CreateInteraction, brief: Brief, around: Surroundings
     catalog = around.catalog
     chain = _chain(brief.models, catalog)
     kinds = {catalog.providers[catalog.open(name).provider] for name in chain}
+    target = catalog.open(chain[0])
     asks: list[str] = [*brief.most.get("approve", ()), *brief.limits.get("approve", ())]
     if asks and not request.store:
         raise Invalid("'approve' needs 'store': what was asked is answered by another request.")
     tools = assign(
         brief.tools,
         kinds,
-        around.powers,
+        replace(around.powers, mixes=not gemini_models.is_old(target.model)),
         is_agent=brief.agent is not None,
         is_default=brief.is_default,
         approve=asks,
@@ -75,7 +84,6 @@ async def prepare(request: CreateInteraction, brief: Brief, around: Surroundings
     if request.json_schema:
         require_schema(request.json_schema, "response_format.schema")
     asked = limits(brief.limits, limits(brief.most, around.defaults))
-    target = catalog.open(chain[0])
     box = toolbox(tools.own, Means())
     spec = RunSpec(
         chain=chain,
@@ -105,6 +113,10 @@ async def prepare(request: CreateInteraction, brief: Brief, around: Surroundings
     warnings = [*brief.warnings, *tools.warnings]
     warnings += target.adapter.check(call_for(spec, target, (), spec.generation))
     warnings += _unread_hints(steps, catalog.providers[target.provider])
+    if request.environment is not None and any(
+        tool["type"] == "code_execution" for tool in tools.passed
+    ):
+        warnings.append(_NOT_IN_ENVIRONMENT)
     is_agent = brief.agent is not None
     return Prepared(
         spec=spec.dump(),
@@ -168,12 +180,23 @@ def _refuse_unknown(request: CreateInteraction) -> None:
         raise Invalid("'cached_content' is not supported: caches are the vendor's own.")
     if not request.store and any(f.get("delivery") == "uri" for f in request.media_formats):
         raise Invalid("'response_format.delivery' can only be 'uri' where 'store' is not false.")
-    if not request.store and request.environment is not None:
-        raise Invalid("'environment' needs 'store': interactions in one environment take turns.")
+    if not request.store and names_one(request.environment):
+        raise Invalid(
+            "'environment' needs 'store' where it names one that is there: interactions in one "
+            'environment take turns. "remote", or a configuration, gives it one of its own, which '
+            "is deleted at its end."
+        )
     if request.continuation_token is not None:
         raise Invalid(
             "Invalid value at 'continuation_token': this server has issued no such token."
         )
+
+
+def names_one(environment: str | Json | None) -> bool:
+    """Whether a request works in an environment that was there before it."""
+    if isinstance(environment, dict):
+        return "environment_id" in environment
+    return environment is not None and environment.lower() != "remote"
 
 
 def _require_price(spec: RunSpec, catalog: Catalog) -> None:

@@ -98,7 +98,8 @@ class _Searxng:
         return _Request(url=self._url, params=params, headers=self._headers)
 
     def hits(self, answer: object) -> Sequence[Hit]:
-        return _hits(_at(answer, "results"), title="title", url="url", snippet="content")
+        listed = _listed(answer, "results", may_lack=False)
+        return _hits(listed, title="title", url="url", snippet="content")
 
 
 class _Brave:
@@ -116,7 +117,8 @@ class _Brave:
         return _Request(url=self._url, params=params, headers=self._headers)
 
     def hits(self, answer: object) -> Sequence[Hit]:
-        return _hits(_at(answer, "web.results"), title="title", url="url", snippet="description")
+        listed = _listed(answer, "web.results", may_lack=True)
+        return _hits(listed, title="title", url="url", snippet="description")
 
 
 class _Tavily:
@@ -137,7 +139,8 @@ class _Tavily:
         return _Request(url=self._url, method="POST", headers=self._headers, body=body)
 
     def hits(self, answer: object) -> Sequence[Hit]:
-        return _hits(_at(answer, "results"), title="title", url="url", snippet="content")
+        listed = _listed(answer, "results", may_lack=False)
+        return _hits(listed, title="title", url="url", snippet="content")
 
 
 class _AnyJson:
@@ -157,7 +160,7 @@ class _AnyJson:
     def hits(self, answer: object) -> Sequence[Hit]:
         chosen = self._options
         return _hits(
-            _at(answer, chosen.results_field),
+            _listed(answer, chosen.results_field, may_lack=True),
             title=chosen.title_field,
             url=chosen.url_field,
             snippet=chosen.snippet_field,
@@ -205,7 +208,15 @@ class SearchBackend:
         limit = min(limit, self._options.results)
         request = self._wire.request(query[:_MAX_QUERY], kind, limit)
         answer = await self._ask(request)
-        return self._wire.hits(answer)[:limit]
+        try:
+            return self._wire.hits(answer)[:limit]
+        except _Misread as error:
+            raise self._unready(
+                "search.misread",
+                f"The search backend's answer is not understood: {error}. Its operator has to "
+                "look at the settings search.*.",
+                reason=str(error),
+            ) from None
 
     async def _ask(self, request: _Request) -> object:
         """The JSON of the answer; asked a second time where that may help."""
@@ -219,7 +230,12 @@ class SearchBackend:
         try:
             return cast("object", orjson.loads(body))
         except orjson.JSONDecodeError as error:
-            raise Unready("The search backend answered something that is not JSON.") from error
+            message = "The search backend answered something that is not JSON."
+            raise self._unready("search.misread", message, reason="no JSON") from error
+
+    def _unready(self, event: str, message: str, **about: str) -> Unready:
+        _log.warning(event, kind=self._options.kind, **about)
+        return Unready(message)
 
     async def _sent(self, request: _Request) -> tuple[int, bytes, float]:
         """Status, body, and how many seconds it asks to wait."""
@@ -239,7 +255,8 @@ class SearchBackend:
                 wait_s = float(wait) if wait.isdecimal() else _DEFAULT_WAIT_S
                 return response.status, await _bounded(response), wait_s
         except TimeoutError as error:
-            raise Unready("The search backend did not answer in time.") from error
+            message = "The search backend did not answer in time."
+            raise self._unready("search.unreachable", message, error="TimeoutError") from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
             _log.warning("search.unreachable", kind=self._options.kind, error=type(error).__name__)
             raise Unready("The search backend cannot be reached.") from error
@@ -286,10 +303,43 @@ def _at(value: object, path: str) -> object:
     return value
 
 
-def _hits(listed: object, *, title: str, url: str, snippet: str) -> list[Hit]:
-    entries: list[Any] = listed if isinstance(listed, list) else []  # pyright: ignore[reportUnknownVariableType] - from JSON
+class _Misread(Exception):
+    """An answer is not of the shape that the settings name; the message says what is missing."""
+
+
+def _listed(answer: object, path: str, *, may_lack: bool) -> list[Any]:
+    """The list of results at a path of names.
+
+    Args:
+        answer: The backend's.
+        path: See `_at`.
+        may_lack: Whether the list is left out where nothing was found: then the log says so.
+
+    Raises:
+        _Misread: Something else is there, or nothing.
+    """
+    found = _at(answer, path)
+    if isinstance(found, list):
+        return cast("list[Any]", found)
+    where = f"at '{path}'" if path else "at its top"
+    is_object = isinstance(answer, dict)
+    if found is not None or not is_object:
+        raise _Misread(f"there is no list of results {where}")
+    parent, _, name = path.rpartition(".")
+    above = _at(answer, parent)
+    if isinstance(above, dict) and name in cast("dict[str, object]", above):
+        return []
+    if not may_lack:
+        raise _Misread(f"there is no list of results {where}")
+    _log.warning("search.no_list", path=path)
+    return []
+
+
+def _hits(listed: Sequence[Any], *, title: str, url: str, snippet: str) -> list[Hit]:
+    if listed and not any(isinstance(_at(entry, url), str) for entry in listed):
+        raise _Misread(f"no result has a URL at '{url}'")
     found: list[Hit] = []
-    for entry in entries:
+    for entry in listed:
         place = _at(entry, url)
         if not isinstance(place, str) or not _is_page(place):
             continue

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
+import orjson
+
 from openinteractions import ids
 from openinteractions.db.engine import Database
 from openinteractions.errors import LeaseLost
@@ -69,6 +71,14 @@ with fence as (
 select updated_at from turn
 """
 
+_WARN = """
+with fence as (
+  select id from jobs where id = $1 and epoch = $2 and worker_id is not null for update
+)
+update interactions i set warnings = $3 from fence where i.id = fence.id
+returning true
+"""
+
 _DELIVERY_ATTEMPTS = 20
 
 _SPEND = """
@@ -87,7 +97,7 @@ select id, project_id, segment_id, depth, previous_id, status, model, agent, bac
 """
 
 # A line of turns back to its root: each segment with how much of it belongs to the line.
-_HISTORY = """
+_LINE = """
 with recursive line as (
   select v.id, g.parent_id, g.parent_depth, g.parent_idx, $3::int as high, $4::smallint as high_idx
     from (values ($2::uuid)) as v(id)
@@ -96,14 +106,22 @@ with recursive line as (
   select l.parent_id, g.parent_id, g.parent_depth, g.parent_idx, l.parent_depth, l.parent_idx
     from line l left join segments g on g.id = l.parent_id and g.project_id = $1
    where l.parent_id is not null and l.parent_depth >= $5
+), line_steps as (
+  select s.depth, s.idx, s.type, s.media, s.data
+    from line l
+    join steps s on s.segment_id = l.id and s.project_id = $1
+                and s.depth between $5 and l.high
+                and (l.high_idx is null or s.depth < l.high or s.idx <= l.high_idx)
 )
-select s.depth, s.media, s.data
-  from line l
-  join steps s on s.segment_id = l.id and s.project_id = $1
-              and s.depth between $5 and l.high
-              and (l.high_idx is null or s.depth < l.high or s.idx <= l.high_idx)
- order by s.depth, s.idx
 """
+_HISTORY = f"{_LINE} select depth, media, data from line_steps order by depth, idx"  # noqa: S608 - constants
+
+# Looked for in the JSON as it is: reading it would take the calls' arguments apart.
+_CALLED = rf"""{_LINE}
+select distinct c.id
+  from line_steps s, unnest($6::text[], $7::bytea[]) as c(id, mark)
+ where s.type like '%\_call' and position(c.mark in s.data) > 0
+"""  # noqa: S608 - constants
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,6 +200,18 @@ async def commit(database: Database, progress: Progress) -> None:
         )
     if fenced is None:
         raise LeaseLost(f"the lease of {progress.interaction_id} is lost")
+
+
+async def warn(database: Database, interaction_id: UUID, *, epoch: int, warnings: bytes) -> None:
+    """Replace an interaction's `warnings` before its end.
+
+    Raises:
+        LeaseLost: Another worker owns the run; nothing was written.
+    """
+    async with database.hot() as connection:
+        fenced = await connection.fetchval(_WARN, interaction_id, epoch, warnings)
+    if fenced is None:
+        raise LeaseLost(f"the lease of {interaction_id} is lost")
 
 
 async def finish(database: Database, progress: Progress, ending: Ending) -> datetime:
@@ -278,6 +308,16 @@ async def history(database: Database, line: Line, *, start: int) -> list[tuple[i
             _HISTORY, line.project_id, line.segment_id, line.depth, line.idx, start
         )
     return [(row[0], row[1], row[2]) for row in rows]
+
+
+async def called(database: Database, line: Line, call_ids: Sequence[str]) -> set[str]:
+    """Which of these ids occur as `id` in the calls of a line; in their arguments too."""
+    marks = [b'"id":' + orjson.dumps(call_id) for call_id in call_ids]
+    async with database.hot() as connection:
+        rows = await connection.fetch(
+            _CALLED, line.project_id, line.segment_id, line.depth, line.idx, 0, call_ids, marks
+        )
+    return {row[0] for row in rows}
 
 
 async def takeover_events(database: Database, interaction: Interaction) -> list[bytes]:

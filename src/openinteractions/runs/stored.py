@@ -2,7 +2,7 @@
 
 import asyncio
 from contextlib import AbstractAsyncContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from uuid import UUID
 
 import orjson
@@ -148,6 +148,7 @@ async def _drive(house: House, stored: StoredRun) -> Ended:
     await _close_broken(stored, journal)
     spec = RunSpec.load(stored.spec) if plan is None else plan.spec
     async with _equipped(house, stored, spec) as kit:
+        stored.interaction = replace(row, warnings=await journal.warn(kit.warnings))
         run = Run(
             kit.spec,
             stored.state,
@@ -252,9 +253,9 @@ async def _finish(stored: StoredRun, run: Run, journal: DatabaseJournal, outcome
     row = stored.interaction
     state = run.state
     usage = state.usage or dict(EMPTY_USAGE)
-    if row.logged:
-        journal.hold(*_last_events(row, outcome, usage))
     warnings = [*orjson.loads(row.warnings or b"[]"), *map(asdict, outcome.warnings)]
+    if row.logged:
+        journal.hold(*_last_events(row, outcome, usage, warnings))
     ending = Ending(
         status=outcome.status,
         usage=orjson.dumps(usage),
@@ -321,7 +322,9 @@ def spend_of(run: Run, key_id: UUID | None) -> Spend:
     )
 
 
-def _last_events(row: Interaction, outcome: Outcome, usage: Json) -> list[Event]:
+def _last_events(
+    row: Interaction, outcome: Outcome, usage: Json, warnings: list[Json]
+) -> list[Event]:
     """How the stream of a run that ended so ends."""
     if outcome.status == "failed":
         fault = outcome.errors[0]
@@ -336,6 +339,7 @@ def _last_events(row: Interaction, outcome: Outcome, usage: Json) -> list[Event]
         "created": clock.rfc3339(row.created_at),
         "updated": clock.rfc3339(clock.now()),
         "usage": usage,
+        "warnings": warnings or None,
     }
     if row.environment_id is not None:
         fields["environment_id"] = environment_id(row.environment_id)

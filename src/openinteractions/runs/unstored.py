@@ -86,6 +86,7 @@ class InMemory:
             "created": clock.rfc3339(ended.created_at),
             "updated": clock.rfc3339(ended.updated_at),
             "usage": orjson.loads(ended.usage or b"{}"),
+            "warnings": None if ended.warnings is None else orjson.loads(ended.warnings),
         }
         return Event("f", ENDED, encode(completed(shown)))
 

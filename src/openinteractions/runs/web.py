@@ -56,19 +56,22 @@ class Reaches:
         """The contract's `search_types` that the backend has."""
         return frozenset[str]() if self._backend is None else self._backend.kinds
 
-    def web(self, network: Callable[[], Awaitable[object]] | None = None) -> "RunWeb":
+    def web(
+        self, network: Callable[[], Awaitable[object]] | None = None, *, owner: str | None = None
+    ) -> "RunWeb":
         """The web of one run.
 
         Args:
             network: Gives the `network` of the run's environment as it is now, so that a change of
                 it counts at once; None for a run without an environment.
+            owner: Whose the run is; see `Fetcher.fetch`.
         """
 
         async def policy() -> Policy:
             now = None if network is None else await network()
             return Policy(now, default=self._default, ceiling=self._ceiling)
 
-        return RunWeb(self._fetcher, self._backend, policy)
+        return RunWeb(self._fetcher, self._backend, policy, owner=owner)
 
 
 class RunWeb:
@@ -79,7 +82,10 @@ class RunWeb:
         fetcher: Fetcher,
         backend: SearchBackend | None,
         policy: Callable[[], Awaitable[Policy]],
+        *,
+        owner: str | None = None,
     ) -> None:
+        self._owner = owner
         self._fetcher = fetcher
         self._backend = backend
         self._policy = policy
@@ -91,6 +97,7 @@ class RunWeb:
         policy = await self._policy()
         found = await self._fetcher.fetch(
             url,
+            owner=self._owner,
             permits=lambda place: _require(policy, place),
             headers=_HEADERS,
             max_bytes=_MAX_BYTES,

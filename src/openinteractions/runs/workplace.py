@@ -19,6 +19,7 @@ _T = TypeVar("_T")
 _log = structlog.get_logger(__name__)
 
 _PATIENCE_S = 60.0
+_KILL_S = 5.0
 _LOOK_S = 0.5
 _MARK_BYTES = 200
 _PIECE_BYTES = 256 * 1024
@@ -107,15 +108,17 @@ class RemoteWorkplace:
     async def kill(self, key: str) -> None:
         """Kill a command and everything it has started; nothing happens if it has ended."""
         try:
-            address = await self.sandboxes.locate(self.environment_id)
-            await self.sandboxes.client.kill(
-                address, self.environment_id, self._id(key), epoch=self.epoch
-            )
+            async with asyncio.timeout(_KILL_S):
+                address = await self.sandboxes.locate(self.environment_id)
+                await self.sandboxes.client.kill(
+                    address, self.environment_id, self._id(key), epoch=self.epoch
+                )
         except NotFound:
             return
-        except RequestError as error:
+        except (RequestError, TimeoutError) as error:
             # The broker ends what belongs to an interaction that has ended.
-            _log.warning("execution.not_killed", execution_id=self._id(key), error=error.message)
+            why = error.message if isinstance(error, RequestError) else "its broker does not answer"
+            _log.warning("execution.not_killed", execution_id=self._id(key), error=why)
 
     async def has_files(self) -> bool:
         """Whether the environment has any files yet; looking makes none."""
@@ -171,7 +174,6 @@ class RemoteWorkplace:
             )
 
         await self._patiently(ask)
-        self.sandboxes.files_changed(self.environment_id)
 
     async def remove(self, path: str, *, recursive: bool = False) -> None:
         """Remove a file or folder."""
@@ -190,7 +192,6 @@ class RemoteWorkplace:
                     raise
 
         await self._patiently(ask)
-        self.sandboxes.files_changed(self.environment_id)
 
     async def _patiently(self, ask: Callable[[str], Awaitable[_T]]) -> _T:
         """Ask the broker what may be asked again; one that is being started again is waited for.

@@ -13,9 +13,10 @@ from typing import Any
 
 from openinteractions.errors import RequestError, Unready
 from openinteractions.models.port import Json, ToolCall
-from openinteractions.sandbox.port import Exit, SandboxError
+from openinteractions.sandbox.port import Exit, NotBegun, SandboxError
 from openinteractions.tools import output
 from openinteractions.tools.port import Call, Done, Means, Tool, Workplace
+from openinteractions.wire import pictures
 
 NAME = "code_execution"
 TIMEOUT_S = 600.0
@@ -33,10 +34,19 @@ _WORD = re.compile(r"\S+")
 _SESSION = "main"
 _COMMANDS: Mapping[str, tuple[str, ...]] = {
     "bash": ("/bin/bash", "-c"),
-    "sh": ("/bin/bash", "-c"),
     "javascript": ("node", "-e"),
-    "node": ("node", "-e"),
 }
+_PYTHON = "python"
+_ALIASES: Mapping[str, str] = {
+    "py": _PYTHON,
+    "python3": _PYTHON,
+    "sh": "bash",
+    "shell": "bash",
+    "js": "javascript",
+    "node": "javascript",
+    "nodejs": "javascript",
+}
+"""What models call the languages, too."""
 _DRAWS = ("plt", "matplotlib", "plot", "fig", "sns", "seaborn")
 _SHOW_FIGURES = """
 def _oi_figures():
@@ -106,8 +116,12 @@ class CodeExecution:
         }
 
     def call_step(self, call: ToolCall) -> Json:
-        """A `code_execution_call` step."""
-        return {"type": "code_execution_call", "arguments": call.arguments}
+        """A `code_execution_call` step; its language by the name that it is declared with."""
+        language: Any = call.arguments.get("language") or _PYTHON
+        if isinstance(language, str):
+            language = _ALIASES.get(language.lower(), language.lower())
+        arguments = {**call.arguments, "language": language}
+        return {"type": "code_execution_call", "arguments": arguments}
 
     def failure(self, message: str) -> Json:
         """A `code_execution_result` step that says what went wrong."""
@@ -117,6 +131,8 @@ class CodeExecution:
         """Run the code; a `code_execution_result` step."""
         try:
             return await self._run(call.step["arguments"], call.key)
+        except NotBegun as error:
+            return _failed(f"Not run: {error.message}")
         except Unready as error:
             return _failed(
                 f"The sandbox could not be reached, so it is unknown whether this ran: "
@@ -134,7 +150,7 @@ class CodeExecution:
     async def _run(self, arguments: Json, key: str) -> Json:
         assert self._place is not None
         language, code = str(arguments.get("language")), str(arguments.get("code") or "")
-        if language in ("python", "py", "python3"):
+        if language == _PYTHON:
             done = await self._python(code, key)
             figures = await self._figures(code, key) if done.exit.outcome == "exited" else []
             return _result(done, await output.shown(self._place, done, key), figures)
@@ -176,28 +192,34 @@ class CodeExecution:
 
 
 def _images(text: str) -> list[Json]:
-    """The first words that are PNG files in base64, as image blocks.
+    """The first words that are PNG files in base64, as image blocks; why, where one is not shown.
 
     They come from a sandbox, where any code may print into them.
     """
     found = (
-        word[0]
+        png
         for word in islice(_WORD.finditer(text), _MAX_WORDS)
-        if word.end() - word.start() <= _MAX_FIGURE_CHARS and _is_png(word[0])
+        if word.end() - word.start() <= _MAX_FIGURE_CHARS and (png := _png(word[0])) is not None
     )
-    return [
-        {"type": "image", "mime_type": "image/png", "data": data}
-        for data in islice(found, _MAX_FIGURES)
-    ]
+    return [_figure(png) for png in islice(found, _MAX_FIGURES)]
 
 
-def _is_png(data: str) -> bool:
+def _png(data: str) -> bytes | None:
     if not data.startswith("iVBOR"):
-        return False
+        return None
     try:
-        return base64.b64decode(data, validate=True).startswith(_PNG)
+        png = base64.b64decode(data, validate=True)
     except ValueError:
-        return False
+        return None
+    return png if png.startswith(_PNG) else None
+
+
+def _figure(png: bytes) -> Json:
+    problem = pictures.problem(png)
+    if problem is not None:
+        return {"type": "text", "text": f"[A figure is not shown: it {problem}.]"}
+    data = base64.b64encode(png).decode()
+    return {"type": "image", "mime_type": "image/png", "data": data}
 
 
 def _figures_of(key: str) -> str:
@@ -206,8 +228,9 @@ def _figures_of(key: str) -> str:
 
 def _result(done: Done, text: str, figures: list[Json] | None = None) -> Json:
     remark = _remark(done.exit)
-    if remark is not None:
-        text = f"{text.rstrip()}\n[{remark}]".lstrip() if text.strip() else f"[{remark}]"
+    remarks = " ".join(([] if remark is None else [remark]) + _notes(done.exit))
+    if remarks:
+        text = f"{text.rstrip()}\n[{remarks}]".lstrip() if text.strip() else f"[{remarks}]"
     result: Any = text
     if figures:
         result = [*([{"type": "text", "text": text}] if text else []), *figures]
@@ -218,7 +241,12 @@ _UNKNOWN = (
     "Outcome unknown: the sandbox was lost while this ran. It may have taken effect, in part or as "
     "a whole; look before it is repeated."
 )
-_SIGKILL = 9
+_OUT_OF_MEMORY = (
+    "The sandbox ran out of memory meanwhile, and a process was killed for it: work on less at "
+    "once."
+)
+_SESSION_ENDED = "The Python session has ended with it: its variables and imports are gone."
+_SESSION_NEW = "The Python session is a new one: it has no variables of earlier calls."
 
 
 def _remark(end: Exit) -> str | None:
@@ -227,12 +255,23 @@ def _remark(end: Exit) -> str | None:
         return _UNKNOWN
     if end.timed_out:
         return f"Stopped: it ran longer than {TIMEOUT_S:g} seconds."
-    if end.signal is not None:
-        why = " It may have used more memory than there is." if end.signal == _SIGKILL else ""
-        return f"Ended by signal {end.signal}.{why}"
     if end.outcome == "killed":
-        return "Stopped."
+        return output.stopped(end)
+    if end.signal is not None:
+        return f"Ended by signal {end.signal}."
     return f"Exit code {end.code}." if end.code else None
+
+
+def _notes(end: Exit) -> list[str]:
+    """What the model should know besides, of a good end too."""
+    notes: list[str] = []
+    if end.out_of_memory:
+        notes.append(_OUT_OF_MEMORY)
+    if end.has_ended_session:
+        notes.append(_SESSION_ENDED)
+    elif end.is_fresh_session and end.code:
+        notes.append(_SESSION_NEW)
+    return notes
 
 
 def _failed(message: str) -> Json:

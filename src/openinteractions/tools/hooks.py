@@ -22,6 +22,7 @@ from openinteractions.errors import RequestError
 from openinteractions.models.port import Json, ToolCall
 from openinteractions.sandbox.port import SandboxError
 from openinteractions.tools.port import Call, Done, Tool, Workplace
+from openinteractions.tools.workspace.tool import FileTool
 
 _log = structlog.get_logger(__name__)
 
@@ -318,8 +319,12 @@ class _Hooked:
 
     async def run(self, call: Call) -> Json:
         """Ask the hooks before, run the tool unless one denies it, tell the hooks after."""
+        args: Json = call.step["arguments"]
+        if isinstance(self._tool, FileTool):
+            # A hook that looks for `/private/` has to see it, however the model has written it.
+            args = self._tool.meant(args)
         payload: Json = {
-            "tool_call": {"name": self._name, "args": call.step["arguments"]},
+            "tool_call": {"name": self._name, "args": args},
             "environment_id": self._environment_id,
         }
         for number, hook in self._of("pre"):

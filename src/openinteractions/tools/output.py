@@ -7,7 +7,7 @@ from typing import Final
 import structlog
 
 from openinteractions.errors import RequestError
-from openinteractions.sandbox.port import MOUNTS, SandboxError
+from openinteractions.sandbox.port import MOUNTS, Exit, SandboxError
 from openinteractions.tools.port import Done, Workplace
 
 MAX_BYTES: Final = 24 * 1024
@@ -22,6 +22,19 @@ _PATIENCE_S: Final = 15.0
 """The output itself is worth more than its file."""
 
 _log = structlog.get_logger(__name__)
+
+
+def stopped(end: Exit) -> str:
+    """Why a command did not come to its own end."""
+    match end.stopped_for:
+        case "deleted":
+            return "Stopped: its environment was deleted."
+        case "size":
+            return "Stopped: the environment holds more than it may."
+        case None:
+            return "Stopped, since its end was asked for."
+        case _:
+            return "Stopped: its sandbox was stopped."
 
 
 async def shown(place: Workplace, done: Done, key: str) -> str:

@@ -76,7 +76,8 @@ class Workplace(Protocol):
     """The sandbox of one run, and the files of its environment.
 
     Paths are from the environment's root, without a leading slash: `workspace/a.txt`,
-    `.agents/AGENTS.md`, `home/x` (in the sandbox: /workspace, /.agents, /home/agent).
+    `.agents/AGENTS.md`, `home/x` (in the sandbox: /workspace, /.agents, /home/agent); a folder
+    `data` that a source made beside them is /data.
     """
 
     async def execute(

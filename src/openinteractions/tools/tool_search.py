@@ -11,6 +11,8 @@ from openinteractions.tools.port import Call, Means, Tool
 
 NAME = "tool_search"
 _MAX_DESCRIPTION = 200
+_MAX_NAME = 100
+_NAMED = 10
 
 
 def tools(config: Json, means: Means) -> Mapping[str, Tool]:
@@ -42,7 +44,7 @@ class ToolSearch:
                 "properties": {
                     "function_names": {
                         "type": "array",
-                        "items": {"type": "string", "enum": list(self._functions)},
+                        "items": {"type": "string"},
                         "minItems": 1,
                         "description": "Names from the list above.",
                     }
@@ -56,10 +58,16 @@ class ToolSearch:
         return {"type": "tool_search_call", "arguments": call.arguments}
 
     async def run(self, call: Call) -> Json:
-        """The definitions of the functions that were asked for."""
-        names: list[str] = call.step["arguments"]["function_names"]
-        found = [self._functions[name] for name in dict.fromkeys(names) if name in self._functions]
-        return _result([_public(function) for function in found])
+        """The definitions of the functions that were asked for; it says which there are not."""
+        names: list[str] = list(dict.fromkeys(call.step["arguments"]["function_names"]))
+        found = [self._functions[name] for name in names if name in self._functions]
+        unknown = [name for name in names if name not in self._functions]
+        result = _result([_public(function) for function in found])
+        if not unknown:
+            return result
+        shown = ", ".join(repr(name[:_MAX_NAME]) for name in unknown[:_NAMED])
+        message = f"There is no function {shown}; load only what is listed."
+        return {**result, "message": message} if found else self.failure(message)
 
     def failure(self, message: str) -> Json:
         """A `tool_search_result` step that says what went wrong."""

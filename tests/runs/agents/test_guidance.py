@@ -11,7 +11,7 @@ from tests.tools.files import Files
 
 from openinteractions.errors import Invalid, Unready
 from openinteractions.runs.agents import guidance
-from openinteractions.runs.agents.guidance import Guidance, Instructions, Skill, read
+from openinteractions.runs.agents.guidance import Guidance, Instructions, Note, Skill, read
 from openinteractions.sandbox.port import Entry
 from openinteractions.tools.hooks import Hook
 
@@ -72,6 +72,7 @@ async def test_everything_is_found():
                 ".agents/skills/b/SKILL.md": SKILL.format("b"),
                 ".agents/skills/b/more.md": "more",
                 "workspace/.agents/skills/a/SKILL.md": SKILL.format("a").replace("\n", "\r\n"),
+                ".agent/skills/c/SKILL.md": SKILL.format("c"),
                 ".agents/hooks.json": json.dumps(HOOKS),
                 "workspace/.agents/hooks.json": json.dumps(HOOKS),
             }
@@ -87,6 +88,7 @@ async def test_everything_is_found():
         skills=(
             Skill("b", "What b is for.", "/.agents/skills/b/SKILL.md"),
             Skill("a", "What a is for.", "/workspace/.agents/skills/a/SKILL.md"),
+            Skill("c", "What c is for.", "/.agent/skills/c/SKILL.md"),
         ),
         hooks=(hook, hook),
     )
@@ -126,19 +128,42 @@ async def test_only_whole_hooks_count():
     long = json.dumps({**HOOKS, "pad": {"x": "y" * guidance.MAX_HOOKS_BYTES}})
     found = await read(place({".agents/hooks.json": long, "workspace/.agents/hooks.json": "{"}))
     assert found.hooks == ()
-    assert len(found.notes) == 2
+    assert [note.about for note in found.notes] == ["hooks", "hooks"]
+
+
+@pytest.mark.parametrize(
+    ("approve", "types"),
+    [
+        (["code_execution"], ["http"]),
+        (["Code_*"], ["http"]),
+        (["*"], ["http"]),
+        (["write_file", "docs__*"], ["command", "http"]),
+        ([], ["command", "http"]),
+    ],
+)
+async def test_command_hooks_are_code_that_may_need_consent(approve: list[str], types: list[str]):
+    handlers = [
+        {"type": "command", "command": "touch /workspace/ran"},
+        {"type": "http", "url": "https://audit.example/"},
+    ]
+    rules = {"g": {"pre_tool_execution": [{"matcher": "*", "hooks": handlers}]}}
+    found = await guidance.read(place({".agents/hooks.json": json.dumps(rules)}))
+    kept = guidance.supervised(found, approve)
+    assert [hook.type for hook in kept.hooks] == types
+    told = [note.text for note in kept.notes if note.about == "hooks"]
+    assert len(told) == 2 - len(types)
+    assert all("asks before code_execution (approve)" in text for text in told)
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "no front matter",
         "---\nname: x\n---\n",
-        "---\ndescription: x\n---\n",
-        "---\nname: [x]\ndescription: y\n---\n",
+        "---\nname: x\n---\n\n---\n***\n",
+        "---\nname: x\ndescription: [y]\n---\n",
         "---\n- name\n---\n",
         "---\nname: x\ndescription: y\n",
-        "---\nname: 'x\ndescription: y\n---\n",
+        "---\nname: x\ndescription: 'y\n---\n",
         "---\n? !!python/object/apply:os.system ['true']\n: x\n---\n",
         "---\n" + "[" * 7000 + "\n---\n",
         "---\nname: x\npad: " + "y" * 9000 + "\ndescription: y\n---\n",
@@ -146,7 +171,7 @@ async def test_only_whole_hooks_count():
         "",
     ],
     ids=[
-        *("none", "no description", "no name", "list name", "list", "open", "quote", "object"),
+        *("nothing said", "no words", "list as description", "list", "open", "quote", "object"),
         *("deep", "long", "binary", "empty"),
     ],
 )
@@ -155,7 +180,31 @@ async def test_a_malformed_skill_is_left_out_and_noted(text: str | bytes):
     found = await read(place(files))
     assert [skill.name for skill in found.skills] == ["ok"]
     assert len(found.notes) == 1
-    assert ".agents/skills/bad/SKILL.md" in found.notes[0]
+    assert found.notes[0].about == "skills"
+    assert ".agents/skills/bad/SKILL.md" in found.notes[0].text
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "description"),
+    [
+        (
+            "---\nname: slide-maker\n---\n# Slide Maker\nCreate HTML slide decks.\nMore.\n",
+            "slide-maker",
+            "Create HTML slide decks.",
+        ),
+        ("---\ndescription: What it is for.\n---\n", "folder", "What it is for."),
+        ("---\nname: [x]\ndescription: [y]\n---\n\n---\n\nSays so.", "folder", "Says so."),
+        ("# Only a heading\n", "folder", "Only a heading"),
+        ("\ufeffNo front matter.\n", "folder", "No front matter."),
+        ("---\nname: x\n---\n" + "y" * 9000, "x", "y" * 1024),
+    ],
+)
+async def test_what_a_skill_does_not_say_is_taken_from_what_is_there(
+    text: str, name: str, description: str
+):
+    found = await read(place({".agents/skills/folder/SKILL.md": text}))
+    assert found.skills == (Skill(name, description, "/.agents/skills/folder/SKILL.md"),)
+    assert found.notes == ()
 
 
 async def test_values_that_yaml_takes_for_something_else_stay_text():
@@ -219,20 +268,20 @@ async def test_no_front_matter_takes_long(body: str):
 
 async def test_notes_write_nothing_into_a_log():
     folder = "a\x1b[2J\n\u202e" + "x" * 600
-    found = await read(place({f".agents/skills/{folder}/SKILL.md": "x"}))
+    found = await read(place({f".agents/skills/{folder}/SKILL.md": ""}))
     (note,) = found.notes
-    assert note.isprintable()
-    assert note.startswith(r".agents/skills/a\x1b[2J\n\u202exxx")
-    assert len(note) < 600
+    assert note.text.isprintable()
+    assert note.text.startswith(r".agents/skills/a\x1b[2J\n\u202exxx")
+    assert len(note.text) < 600
 
 
 async def test_folders_without_a_skill_count_too():
-    files = {f"{top}/skills/s{n:03}/SKILL.md": "x" for n in range(90) for top in BOTH}
+    files = {f"{top}/skills/s{n:03}/SKILL.md": "" for n in range(90) for top in BOTH}
     many = place(files)
     found = await read(many)
     assert found.skills == ()
     assert many.requests < 120
-    assert sum(note.startswith("Only 100 folders") for note in found.notes) == 1
+    assert sum(note.text.startswith("Only 100 folders") for note in found.notes) == 1
 
 
 async def test_a_description_is_one_visible_line():
@@ -254,7 +303,7 @@ async def test_there_are_only_so_many_skills():
     found = await read(many)
     assert len(found.skills) == guidance.MAX_SKILLS
     assert many.requests < 70
-    assert any("first 50" in note for note in found.notes)
+    assert any("first 50" in note.text for note in found.notes)
 
 
 async def test_what_cannot_be_read_is_noted():
@@ -262,8 +311,8 @@ async def test_what_cannot_be_read_is_noted():
     found = await read(place({".agents/AGENTS.md": "a"}, broken=broken))
     assert [entry.text for entry in found.instructions] == ["a"]
     assert found.notes == (
-        "workspace/AGENTS.md could not be read: It is a folder.",
-        ".agents/skills could not be read: No.",
+        Note("instructions", "workspace/AGENTS.md could not be read: It is a folder."),
+        Note("skills", ".agents/skills could not be read: No."),
     )
 
 

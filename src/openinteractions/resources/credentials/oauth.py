@@ -59,25 +59,32 @@ class ExchangeFailed(Exception):
         self.reason = reason
 
 
-async def exchange(fetcher: Fetcher, grant: Grant) -> Token:
+async def exchange(fetcher: Fetcher, grant: Grant, *, owner: str) -> Token:
     """Get an access token.
+
+    Args:
+        fetcher: Reaches the token URL.
+        grant: What is exchanged.
+        owner: For whom; see `Fetcher.fetch`.
 
     Raises:
         ExchangeFailed: The token URL refused, could not be reached, or its answer makes no sense.
     """
     auth = grant.auth or "post"
-    status, answer = await _ask(fetcher, grant, auth)
+    status, answer = await _ask(fetcher, grant, auth, owner)
     is_unknown = answer.get("error") == "invalid_client" or status == _UNAUTHORIZED
     if grant.auth is None and is_unknown:
         # Refused before the refresh token was looked at: asked once more, in the other way.
         auth = "basic"
-        status, answer = await _ask(fetcher, grant, auth)
+        status, answer = await _ask(fetcher, grant, auth, owner)
     if status != _OK or "error" in answer:
         raise ExchangeFailed(_refusal(grant, status, answer))
     return _token(grant, answer, auth)
 
 
-async def _ask(fetcher: Fetcher, grant: Grant, auth: ClientAuth) -> tuple[int, Mapping[str, Any]]:
+async def _ask(
+    fetcher: Fetcher, grant: Grant, auth: ClientAuth, owner: str
+) -> tuple[int, Mapping[str, Any]]:
     form = {"grant_type": "refresh_token", "refresh_token": grant.refresh_token}
     headers = {"Accept": "application/json"}
     if grant.scopes:
@@ -89,7 +96,7 @@ async def _ask(fetcher: Fetcher, grant: Grant, auth: ClientAuth) -> tuple[int, M
         headers["Authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
     try:
         status, body = await fetcher.post_form(
-            grant.token_url, form, headers, max_bytes=_MAX_ANSWER_BYTES
+            grant.token_url, form, headers, max_bytes=_MAX_ANSWER_BYTES, owner=owner
         )
     except Invalid as error:
         raise ExchangeFailed(error.message) from None

@@ -110,9 +110,12 @@ class Refresher:
 
     # ---- the exchange
 
+    async def _exchanged(self, project_id: UUID, content: Content) -> oauth.Token:
+        return await oauth.exchange(self._fetcher, grant(content), owner=project_id.hex)
+
     async def _add(self, project_id: UUID, credential_id: str, content: Content) -> Row | None:
         try:
-            token = await oauth.exchange(self._fetcher, grant(content))
+            token = await self._exchanged(project_id, content)
         except ExchangeFailed as error:
             raise _refused(error) from None
         parts = self._box.parts_with_token(project_id, credential_id, content, token)
@@ -126,7 +129,7 @@ class Refresher:
             content.secret.pop("auth", None)
             content = change.over(content.public, content.secret)
             try:
-                token = await oauth.exchange(self._fetcher, grant(content))
+                token = await self._exchanged(project_id, content)
             except ExchangeFailed as error:
                 await store.release(self._database, project_id, claimed, claimed.public)
                 raise _refused(error) from None
@@ -180,7 +183,7 @@ class Refresher:
             return _kept(claimed, found)
         content = self._content(project_id, claimed)
         try:
-            token = await oauth.exchange(self._fetcher, grant(content))
+            token = await self._exchanged(project_id, content)
         except ExchangeFailed as error:
             public = claimed.public | {_FAILED: _failure(claimed.public, error.reason)}
             await store.release(self._database, project_id, claimed, public)

@@ -8,25 +8,39 @@ from openinteractions.wire.fields import Json
 _MOST_NAMED = 50
 
 
-def at(steps: Sequence[Json], cut: int | None) -> list[Json]:
+def at(steps: Sequence[Json], cut: int | None, *, given: int) -> list[Json]:
     """The calls that have no result up to a step.
 
     Args:
         steps: The interaction's, its input first.
         cut: The last one that counts; None: all.
+        given: How many of the steps are its input.
 
     Raises:
         Invalid: One of them is of a tool of the server's own; the message names steps to cut at.
     """
     pending = _open(steps[: None if cut is None else cut + 1])
-    if any(call["type"] != "function_call" for call in pending):
-        # Only functions have results that a caller may give.
+    own = _answered_here(steps, given)
+    if any(call["type"] != "function_call" or index in own for index, call in pending):
+        # Only functions of the caller's have results that a caller may give.
         whole = _whole(steps)
         raise Invalid(
             f"Invalid value for 'previous_interaction_id': at step {cut} calls of the server's own "
             f"tools have no result yet. Branch at one of these steps: {whole[:_MOST_NAMED]}."
         )
-    return pending
+    return [call for _, call in pending]
+
+
+def _answered_here(steps: Sequence[Json], given: int) -> set[int]:
+    """Calls that the run itself has answered, by their places: some of our tools are functions."""
+    waiting: dict[str, int] = {}
+    found: set[int] = set()
+    for index, step in enumerate(steps):
+        if step["type"].endswith("_call"):
+            waiting[step["id"]] = index
+        elif step["type"].endswith("_result") and index >= given and step["call_id"] in waiting:
+            found.add(waiting.pop(step["call_id"]))
+    return found
 
 
 def _whole(steps: Sequence[Json]) -> list[int]:
@@ -43,11 +57,11 @@ def _whole(steps: Sequence[Json]) -> list[int]:
     return found
 
 
-def _open(steps: Sequence[Json]) -> list[Json]:
-    calls: dict[str, Json] = {}
-    for step in steps:
+def _open(steps: Sequence[Json]) -> list[tuple[int, Json]]:
+    calls: dict[str, tuple[int, Json]] = {}
+    for index, step in enumerate(steps):
         if step["type"].endswith("_call"):
-            calls[step["id"]] = step
+            calls[step["id"]] = (index, step)
         elif step["type"].endswith("_result"):
             calls.pop(step["call_id"], None)
     return list(calls.values())

@@ -12,6 +12,10 @@ from openinteractions.wire.create import CreateInteraction
 from openinteractions.wire.environments import environment_id
 from openinteractions.wire.normalise import InputForm, restore_input
 
+PREVIOUS = "previous_interaction_id"
+_BRANCH = b'{"%b":' % PREVIOUS.encode()
+"""How the echo of a branch begins: it names the step, which the row's own column does not."""
+
 
 def head(row: Interaction) -> dict[str, Any]:
     """The fields that both a response and a stream's `interaction` have."""
@@ -43,8 +47,9 @@ def interaction(
     """
     steps = None if steps is None else list(steps)
     fields = head(row)
-    if row.previous_id is not None:
-        fields["previous_interaction_id"] = ids.interaction_id(row.previous_id)
+    is_branch = row.echo is not None and row.echo.startswith(_BRANCH)
+    if row.previous_id is not None and not is_branch:
+        fields[PREVIOUS] = ids.interaction_id(row.previous_id)
     if include_input and steps is not None:
         form: InputForm = row.input_form  # pyright: ignore[reportAssignmentType] - as written by create
         given = [orjson.loads(step.data) for step in steps if step.index < row.input_count]

@@ -364,7 +364,8 @@ async def _pending_calls(service: Service, row: Interaction, cut: int | None) ->
             f"Invalid value for 'previous_interaction_id': the interaction has {len(rows)} steps, "
             f"so there is no step {cut}."
         )
-    return pending.at([orjson.loads(stored.data) for stored in rows], cut)
+    steps = [orjson.loads(stored.data) for stored in rows]
+    return pending.at(steps, cut, given=row.input_count)
 
 
 # ---- creating
@@ -400,7 +401,7 @@ async def _try_create(
         input_form=request.input_form,
         steps=steps,
         labels=orjson.dumps(request.labels).decode() if request.labels else None,
-        echo=orjson.dumps(_echo(request)),
+        echo=orjson.dumps(_echo(request, parent)),
         spec=prepared.spec,
         warnings=orjson.dumps(prepared.warnings) if prepared.warnings else None,
         retention=caller.retention or service.retention,
@@ -526,9 +527,12 @@ def _first_events(
     ]
 
 
-def _echo(request: CreateInteraction) -> dict[str, object]:
-    """What responses repeat; the previous id has a column of its own."""
-    return {k: v for k, v in request.echo.items() if k != "previous_interaction_id"}
+def _echo(request: CreateInteraction, parent: Parent | None) -> dict[str, object]:
+    """What responses repeat. The previous id has a column of its own, which knows of no step."""
+    rest = {k: v for k, v in request.echo.items() if k != render.PREVIOUS}
+    if parent is None or parent.cut is None:
+        return rest
+    return {render.PREVIOUS: f"{ids.interaction_id(parent.row.id)}@{parent.cut}", **rest}
 
 
 def _row(new: NewInteraction, created_at: datetime) -> Interaction:

@@ -378,7 +378,16 @@ update interactions
        webhook = null, labels = null, usage = null, errors = null, warnings = null,
        idempotency_key = null, request_hash = null, expires_at = null
  where id = $1 and project_id = $2 and deleted_at is null
-returning segment_id, depth, created_at
+returning segment_id, depth, created_at, environment_id
+"""
+
+# The environment that it was given and never used. Not one in which another interaction runs, or
+# waits for its turn: the key of a run's job is its environment.
+_DELETE_UNUSED = """
+update environments set deleted_at = now(), public = null, sealed = null
+ where id = $1 and project_id = $2 and is_tentative and not has_disk and deleted_at is null
+   and not exists (select from jobs where key = $1::uuid::text and state = 0)
+   and not exists (select from jobs where key = $1::uuid::text and state = 1)
 """
 
 # What no live turn can reach any more: steps above the last live turn and the last place where a
@@ -419,7 +428,9 @@ async def delete(database: Database, project_id: UUID, interaction_id: UUID) -> 
         row = await connection.fetchrow(_DELETE, interaction_id, project_id)
         if row is None:
             return False
-        segment, _, born = row
+        segment, _, born, environment = row
+        if environment is not None:
+            await connection.execute(_DELETE_UNUSED, environment, project_id)
         await connection.execute(
             "delete from events where born = $1 and interaction_id = $2", born, interaction_id
         )

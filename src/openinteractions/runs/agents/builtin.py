@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeAlias
 
 from openinteractions.loop.spec import Limits
+from openinteractions.models.port import THOUGHTS_AS_GIVEN
 
 Kind: TypeAlias = Literal["general", "research"]
 Effort: TypeAlias = Literal["standard", "max"]
@@ -55,6 +56,7 @@ def _general(agent_id: str) -> Builtin:
         tools=_WEB_AND_CODE,
         environment_tools=("workspace", "browser"),
         allowed=_GENERAL_TOOLS,
+        generation={"thinking_summaries": THOUGHTS_AS_GIVEN},
     )
 
 

@@ -8,16 +8,20 @@ left out with a note. The conventions are the hosted API's
 import asyncio
 import re
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final, TypeVar
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any, Final, Literal, TypeAlias, TypeVar
 
 from openinteractions.errors import NotFound, RequestError, Unready
-from openinteractions.sandbox.port import MOUNTS, SandboxError
-from openinteractions.tools import hooks
+from openinteractions.sandbox import tops
+from openinteractions.sandbox.port import SandboxError
+from openinteractions.tools import code_execution, hooks
 from openinteractions.tools.hooks import Hook, harmless
 from openinteractions.tools.port import Workplace
 
 T = TypeVar("T")
+
+About: TypeAlias = Literal["instructions", "skills", "hooks"]
 
 MAX_INSTRUCTIONS_BYTES: Final = 32 * 1024
 MAX_SKILLS: Final = 50
@@ -29,9 +33,12 @@ _INSTRUCTIONS: Final = (
     "workspace/AGENTS.md",
 )
 _AGENTS_FOLDERS: Final = (".agents", "workspace/.agents")
+_SKILLS: Final = (*(f"{each}/skills" for each in _AGENTS_FOLDERS), ".agent/skills")
+"""The last one is Agent Platform's: its examples mount skills there."""
 _MAX_SKILL_FOLDERS: Final = 100
 """Looked into, in all: also one without a skill costs a request."""
-_FRONT_MATTER_BYTES: Final = 8 * 1024
+_SKILL_BYTES: Final = 8 * 1024
+"""Of a SKILL.md, its front matter and its first words."""
 _FRONT_MATTER: Final = re.compile(r"\A---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 _MAX_NAME_CHARS: Final = 100
 _MAX_DESCRIPTION_CHARS: Final = 1024
@@ -73,6 +80,14 @@ class Skill:
     """Of its SKILL.md, in the sandbox."""
 
 
+@dataclass(frozen=True, slots=True)
+class Note:
+    """What was left out, and why."""
+
+    about: About
+    text: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guidance:
     """What was found. It survives JSON, so that a run can keep what it began with."""
@@ -80,8 +95,8 @@ class Guidance:
     instructions: tuple[Instructions, ...] = ()
     skills: tuple[Skill, ...] = ()
     hooks: tuple[Hook, ...] = ()
-    notes: tuple[str, ...] = field(default=())
-    """What was left out, and why, for whoever keeps those files."""
+    notes: tuple[Note, ...] = ()
+    """For whoever keeps those files."""
 
     @classmethod
     def load(cls, values: dict[str, Any]) -> "Guidance":
@@ -90,7 +105,7 @@ class Guidance:
             instructions=tuple(Instructions(**entry) for entry in values["instructions"]),
             skills=tuple(Skill(**entry) for entry in values["skills"]),
             hooks=tuple(Hook(**entry) for entry in values["hooks"]),
-            notes=tuple(values["notes"]),
+            notes=tuple(Note(**entry) for entry in values["notes"]),
         )
 
 
@@ -114,8 +129,27 @@ async def read(place: Workplace, *, waits_s: Sequence[float] = _WAITS_S) -> Guid
         instructions=instructions,
         skills=skills,
         hooks=found,
-        notes=tuple(harmless(note, _MAX_NOTE_CHARS) for note in reader.notes[:_MAX_NOTES]),
+        notes=tuple(reader.notes[:_MAX_NOTES]),
     )
+
+
+def supervised(found: Guidance, approve: Sequence[str]) -> Guidance:
+    """What of it holds in a run whose tools need consent.
+
+    A command hook is code, which whoever may write files could have put there: the model, or a
+    repository. Where code needs consent it is left out; a hook over HTTP runs no code of theirs.
+    """
+    if not any(fnmatchcase(code_execution.NAME, pattern.lower()) for pattern in approve):
+        return found
+    kept = tuple(hook for hook in found.hooks if hook.type != "command")
+    if len(kept) == len(found.hooks):
+        return found
+    note = Note(
+        "hooks",
+        f"{len(found.hooks) - len(kept)} command hooks are left out: this run asks before "
+        f"{code_execution.NAME} (approve), and they would run without being asked for.",
+    )
+    return replace(found, hooks=kept, notes=(note, *found.notes))
 
 
 class _Reader:
@@ -124,9 +158,14 @@ class _Reader:
     def __init__(self, place: Workplace, waits_s: Sequence[float]) -> None:
         self._place = place
         self._waits_s = waits_s
-        self.notes: list[str] = []
+        self._about: About = "instructions"
+        self.notes: list[Note] = []
+
+    def _note(self, *texts: str) -> None:
+        self.notes += [Note(self._about, harmless(text, _MAX_NOTE_CHARS)) for text in texts]
 
     async def instructions(self) -> tuple[Instructions, ...]:
+        self._about = "instructions"
         found: dict[str, Instructions] = {}
         for path in _INSTRUCTIONS:
             text = await self._text(path, MAX_INSTRUCTIONS_BYTES)
@@ -135,6 +174,7 @@ class _Reader:
         return tuple(found.values())
 
     async def hooks(self) -> tuple[Hook, ...]:
+        self._about = "hooks"
         found: list[Hook] = []
         for folder in _AGENTS_FOLDERS:
             path = f"{folder}/hooks.json"
@@ -142,23 +182,24 @@ class _Reader:
             if text is not None:
                 parsed, notes = await asyncio.to_thread(hooks.parse, text, source=path)
                 found += parsed
-                self.notes += notes
+                self._note(*notes)
         if len(found) > hooks.MAX_HOOKS:
-            self.notes.append(f"Only the first {hooks.MAX_HOOKS} hooks are used.")
+            self._note(f"Only the first {hooks.MAX_HOOKS} hooks are used.")
         return tuple(found[: hooks.MAX_HOOKS])
 
     async def skills(self) -> tuple[Skill, ...]:
+        self._about = "skills"
         found: dict[str, Skill] = {}
-        paths = [path for each in _AGENTS_FOLDERS for path in await self._folders(f"{each}/skills")]
+        paths = [path for each in _SKILLS for path in await self._folders(each)]
         if len(paths) > _MAX_SKILL_FOLDERS:
-            self.notes.append(f"Only {_MAX_SKILL_FOLDERS} folders of skills are looked into.")
+            self._note(f"Only {_MAX_SKILL_FOLDERS} folders of skills are looked into.")
         for path in paths[:_MAX_SKILL_FOLDERS]:
             if len(found) == MAX_SKILLS:
-                self.notes.append(f"Only the first {MAX_SKILLS} skills are listed.")
+                self._note(f"Only the first {MAX_SKILLS} skills are listed.")
                 break
-            skill = await self._skill(f"{path}/SKILL.md")
+            skill = await self._skill(path)
             if skill is not None and found.setdefault(skill.name, skill) is not skill:
-                self.notes.append(f"{path}: there is a skill {skill.name!r} already; left out.")
+                self._note(f"{path}: there is a skill {skill.name!r} already; left out.")
         return tuple(found.values())
 
     async def _folders(self, path: str) -> list[str]:
@@ -167,20 +208,22 @@ class _Reader:
             return []
         entries, after = listed
         if after is not None:
-            self.notes.append(f"{path}: only its first {_MAX_SKILL_FOLDERS} entries are looked at.")
+            self._note(f"{path}: only its first {_MAX_SKILL_FOLDERS} entries are looked at.")
         return [entry.path for entry in entries if entry.type != "file"]
 
-    async def _skill(self, path: str) -> Skill | None:
-        text = await self._text(path, _FRONT_MATTER_BYTES, cut_note=False)
+    async def _skill(self, folder: str) -> Skill | None:
+        """A folder's skill; what its front matter does not say is taken from what is there."""
+        path = f"{folder}/SKILL.md"
+        text = await self._text(path, _SKILL_BYTES, cut_note=False)
         if text is None:
             return None
-        fields = _front_matter(text)
-        name = _line(fields.get("name", ""), _MAX_NAME_CHARS)
+        fields, body = _front_matter(text)
+        name = fields.get("name", "")
+        name = _line(name, _MAX_NAME_CHARS) or _line(folder.rpartition("/")[2], _MAX_NAME_CHARS)
         description = _line(fields.get("description", ""), _MAX_DESCRIPTION_CHARS)
+        description = description or _line(_first_words(body), _MAX_DESCRIPTION_CHARS)
         if not name or not description:
-            self.notes.append(
-                f"{path}: no YAML front matter with a name and a description; left out."
-            )
+            self._note(f"{path}: neither a description nor a text to take one from; left out.")
             return None
         return Skill(name, description, _inside(path))
 
@@ -196,10 +239,10 @@ class _Reader:
         if size <= max_bytes:
             return text
         if is_whole:
-            self.notes.append(f"{path}: longer than {max_bytes} bytes; left out.")
+            self._note(f"{path}: longer than {max_bytes} bytes; left out.")
             return None
         if cut_note:
-            self.notes.append(f"{path}: only its first {max_bytes} bytes are used.")
+            self._note(f"{path}: only its first {max_bytes} bytes are used.")
             text += f"\n[… cut here; the whole is in {_inside(path)}]"
         return text
 
@@ -212,7 +255,7 @@ class _Reader:
         except NotFound:
             return None
         except (RequestError, SandboxError) as error:
-            self.notes.append(f"{path} could not be read: {error.message}")
+            self._note(f"{path} could not be read: {error.message}")
             return None
 
 
@@ -226,15 +269,17 @@ async def _patiently(ask: Callable[[], Awaitable[T]], waits_s: Sequence[float]) 
     return await ask()
 
 
-def _front_matter(text: str) -> dict[str, str]:
-    """The texts of the flat mapping at a file's beginning; empty if there is none.
+def _front_matter(text: str) -> tuple[dict[str, str], str]:
+    """The texts of the flat mapping at a file's beginning, and what follows it.
+
+    One that does not end is neither.
 
     No parser of YAML: whoever may write the file could keep one busy for long, and all that is
     wanted are `key: text` lines with YAML's ways to write a text.
     """
     block = _FRONT_MATTER.match(text)
     if block is None:
-        return {}
+        return {}, "" if text.startswith("---") else text
     fields: dict[str, list[str]] = {}
     # Lines before the first key belong to nothing.
     lines: list[str] = []
@@ -246,7 +291,15 @@ def _front_matter(text: str) -> dict[str, str]:
             lines.append(line)
         elif not line.startswith("#"):
             lines = []
-    return {key: _scalar(lines) for key, lines in fields.items()}
+    return {key: _scalar(lines) for key, lines in fields.items()}, text[block.end() :]
+
+
+def _first_words(body: str) -> str:
+    """The first line of text; where there are only headings, the first of them."""
+    lines = [line.strip() for line in body.splitlines()]
+    said = [line for line in lines if any(map(str.isalnum, line))]
+    plain = (line for line in said if not line.startswith(("#", "```", "<!--")))
+    return next(plain, said[0] if said else "").lstrip("#")
 
 
 def _scalar(lines: Sequence[str]) -> str:
@@ -292,4 +345,4 @@ def _line(value: str, most: int) -> str:
 def _inside(path: str) -> str:
     """A path of the environment, as the sandbox has it."""
     top, slash, rest = path.partition("/")
-    return f"{MOUNTS[top]}{slash}{rest}"
+    return f"{tops.place(top)}{slash}{rest}"

@@ -266,8 +266,8 @@ _SANDBOX: Final = """\
 ripgrep, jq and sqlite3 are there.
 - /workspace is where you work and where the user looks for files. /.agents holds instructions and \
 skills. /home/agent is your home; what pip and npm install lands there.
-- These three stay for later turns. /tmp and running processes may be gone in the next turn, and \
-everything else is read-only."""
+- These three, and folders that were put beside them, stay for later turns. /tmp and running \
+processes may be gone in the next turn, and everything else is read-only."""
 
 
 _UNTRUSTED: Final = """\

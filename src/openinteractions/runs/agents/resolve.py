@@ -12,6 +12,7 @@ from openinteractions.resources.agents.service import Agents, Definition
 from openinteractions.runs.agents import builtin, prompt
 from openinteractions.runs.agents.builtin import Builtin
 from openinteractions.runs.brief import Brief, Situation
+from openinteractions.wire.check import model_id
 from openinteractions.wire.create import CreateInteraction
 from openinteractions.wire.options import unknown_options
 
@@ -123,7 +124,10 @@ def brief(
         )
 
     return Brief(
-        models=[said.get("model") or default_model(), *said.get("fallback_models", ())],
+        models=[
+            model_id(name)
+            for name in (said.get("model") or default_model(), *said.get("fallback_models", ()))
+        ],
         tools=[] if planning else tools,
         is_default=is_default,
         instructions=instructions,

@@ -17,8 +17,9 @@ from openinteractions.errors import RequestError, Unready
 from openinteractions.models.port import Json, ToolCall
 from openinteractions.sandbox import shipped
 from openinteractions.sandbox.port import SandboxError
-from openinteractions.tools import function
+from openinteractions.tools import function, output
 from openinteractions.tools.port import Call, Done, Means, Tool, Workplace
+from openinteractions.wire import pictures
 
 NAME = "browser"
 TIMEOUT_S = 150.0
@@ -30,7 +31,6 @@ _PYTHON = "/usr/bin/python3"
 """By its path: the image's PATH begins with folders that the sandbox itself can write to."""
 _MAX_OUTPUT_BYTES = 4 * 2**20
 _MAX_ARGUMENT_BYTES = 100 * 1024
-_JPEG = b"\xff\xd8\xff"
 _PAGE_SCRIPT = Path(__file__).parent / "inside/page.js"
 _INSIDE = "openinteractions.tools.browser.inside"
 _MODULES = ("cdp", "chromium", "tab", "view", "actions", "driver")
@@ -168,8 +168,9 @@ class Browser:
                 "Outcome unknown: the sandbox was lost during this action. Look at the page before "
                 "it is repeated."
             )
-        if done.exit.timed_out or done.exit.outcome == "killed":
-            return self.failure("The action was stopped: it took too long. Try another way.")
+        if done.exit.outcome == "killed":
+            late = "The action was stopped: it took too long. Try another way."
+            return self.failure(late if done.exit.timed_out else output.stopped(done.exit))
         answer = _parsed(done.text)
         found = None if answer is None else answer.get("text")
         if answer is None or not isinstance(found, str):
@@ -193,14 +194,16 @@ def _parsed(output: str) -> Json | None:
 
 
 def _image(found: object) -> Json | None:
-    """An image block, if it is one: a JPEG that is not too large."""
+    """An image block, if it is one: a JPEG that is whole and not too large."""
     if not isinstance(found, dict):
         return None
     data = cast("Json", found).get("data")
     if not isinstance(data, str) or len(data) > MAX_IMAGE_BYTES * 4 // 3:
         return None
     try:
-        is_jpeg = base64.b64decode(data, validate=True).startswith(_JPEG)
+        jpeg = base64.b64decode(data, validate=True)
     except ValueError:
         return None
-    return {"type": "image", "mime_type": "image/jpeg", "data": data} if is_jpeg else None
+    if pictures.kind_of(jpeg) != "image/jpeg" or pictures.problem(jpeg) is not None:
+        return None
+    return {"type": "image", "mime_type": "image/jpeg", "data": data}

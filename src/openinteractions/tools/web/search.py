@@ -45,11 +45,11 @@ def tools(config: Json, means: Means) -> Mapping[str, Tool]:
     """The one tool that this is, by its name.
 
     Args:
-        config: The entry; the first of `search_types` is what it searches.
+        config: The entry; each query is asked for all of its `search_types`.
         means: With the web.
     """
     kinds: Sequence[str] = config.get("search_types") or [_DEFAULT_KIND]
-    return {NAME: GoogleSearch(means.web, kinds[0])}
+    return {NAME: GoogleSearch(means.web, list(dict.fromkeys(kinds)))}
 
 
 class GoogleSearch:
@@ -57,15 +57,15 @@ class GoogleSearch:
 
     is_pure = True
 
-    def __init__(self, web: Web | None, kind: str = _DEFAULT_KIND) -> None:
+    def __init__(self, web: Web | None, kinds: Sequence[str] = (_DEFAULT_KIND,)) -> None:
         """Nothing is asked.
 
         Args:
             web: What asks the backend; None where only the declaration is needed.
-            kind: The contract's `search_type`.
+            kinds: The contract's `search_types`; the first is shown as a call's `search_type`.
         """
         self._web = web
-        self._kind = kind
+        self._kinds = kinds
 
     def declaration(self) -> Json:
         """The function that the model sees."""
@@ -80,7 +80,7 @@ class GoogleSearch:
         """A `google_search_call` step."""
         return {
             "type": "google_search_call",
-            "search_type": self._kind,
+            "search_type": self._kinds[0],
             "arguments": call.arguments,
         }
 
@@ -99,18 +99,19 @@ class GoogleSearch:
         queries = list(dict.fromkeys(queries))[:MAX_QUERIES]
         if not queries:
             return self.failure("There is no query: give at least one.")
+        asked = [(query, kind) for query in queries for kind in self._kinds]
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self._ask(query), name=NAME) for query in queries]
+            tasks = [group.create_task(self._ask(*each), name=NAME) for each in asked]
         answers = [task.result() for task in tasks]
         if all(isinstance(answer, str) for answer in answers):
             return self.failure(f"The search failed: {answers[0]}")
-        return _step(_entries(queries, answers), is_error=False)
+        return _step(_entries([query for query, _ in asked], answers), is_error=False)
 
-    async def _ask(self, query: str) -> Sequence[Hit] | str:
+    async def _ask(self, query: str, kind: str) -> Sequence[Hit] | str:
         """What a query found, or why it found nothing out."""
         assert self._web is not None
         try:
-            return await self._web.search(query, kind=self._kind, limit=_MOST_HITS)
+            return await self._web.search(query, kind=kind, limit=_MOST_HITS)
         except RequestError as error:
             return error.message
 

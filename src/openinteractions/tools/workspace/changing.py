@@ -22,7 +22,7 @@ MAX_WRITE_BYTES: Final = 16 * 2**20
 _CHUNK_BYTES: Final = 2**20
 _MAX_HASHED_BYTES: Final = 16 * 2**20
 _FOLDER: Final = "folder"
-_LINK: Final = "link"
+_LINK: Final = "link to "
 _UNKNOWN: Final = "Outcome unknown: "
 
 WRITE_FILE: Final = """\
@@ -92,6 +92,8 @@ async def write_file(place: Workplace, call: Call) -> str:
     before = await fingerprint(place, path)
     if before == _FOLDER:
         raise Invalid(f"{path.shown} is a folder: give the path of a file in it.")
+    if before is not None and before.startswith(_LINK):
+        _refuse_link(path, before.removeprefix(_LINK))
     did = "Wrote" if before is None else "Replaced"
     lines = text.counted(text.line_count(content), "line")
     said = f"{did} {path.shown} ({lines}, {text.size(len(data))})."
@@ -130,6 +132,7 @@ async def _editable(place: Workplace, path: Path, *, is_new: bool) -> bytes:
     except NotFound as error:
         advice = " To make it, use write_file." if is_new else ""
         raise NotFound(error.message + advice) from None
+    _refuse_link(path, entry.link)
     if entry.size_bytes > MAX_EDIT_BYTES:
         raise Invalid(
             f"{path.shown} has {text.size(entry.size_bytes)}, and this edits "
@@ -147,6 +150,19 @@ async def _editable(place: Workplace, path: Path, *, is_new: bool) -> bytes:
     return bytes(data)
 
 
+def _refuse_link(path: Path, target: str | None) -> None:
+    """Refuse to put a file in a link's place, with what it leads to left as it was.
+
+    Raises:
+        Invalid: It is a link; the message says where it leads.
+    """
+    if target is not None:
+        raise Invalid(
+            f"{path.shown} is a link to '{target}', and would be replaced by a file: give the path "
+            "that it leads to, or delete the link first."
+        )
+
+
 async def delete_file(place: Workplace, call: Call) -> str:
     """Delete a file or folder."""
     arguments: Json = call.step["arguments"]
@@ -161,10 +177,19 @@ async def delete_file(place: Workplace, call: Call) -> str:
         await paths.found(place, path)
     if before == _FOLDER and not recursive and (await place.list(path.stored, limit=1))[0]:
         raise Invalid(f"The folder {path.shown} is not empty: set recursive=true to delete it all.")
-    said = f"Deleted {path.shown}{' and all that was in it' if before == _FOLDER else ''}."
+    said = f"Deleted {path.shown}{_with(before)}."
     await _begin(call, before=before, after=None, said=said)
     await _tried(place.remove(path.stored, recursive=recursive), path)
     return said
+
+
+def _with(before: str | None) -> str:
+    """What went with it, or did not."""
+    if before == _FOLDER:
+        return " and all that was in it"
+    if before is not None and before.startswith(_LINK):
+        return f", a {before}; what it led to is as it was"
+    return ""
 
 
 async def fingerprint(place: Workplace, path: Path) -> str | None:
@@ -173,10 +198,10 @@ async def fingerprint(place: Workplace, path: Path) -> str | None:
         entry = await place.stat(path.stored)
     except NotFound:
         return None
+    if entry.link is not None:
+        return f"{_LINK}{entry.link}"
     if entry.type == "directory":
         return _FOLDER
-    if entry.type == "symlink":
-        return _LINK
     if entry.size_bytes > _MAX_HASHED_BYTES:
         return f"{entry.size_bytes} bytes of {entry.modified!r}"
     digest = hashlib.sha256()

@@ -20,8 +20,9 @@ _BEHIND_ALL: Final = "/\U0010ffff"
 """Sorts behind everything that is in a folder."""
 
 LIST_FILES: Final = f"""\
-Lists a folder: folders end with `/`, files have their size. Folders that you can list: \
-{paths.FOLDERS_SHOWN}, and those in them.
+Lists a folder: folders end with `/`, files have their size, links ` -> ` and where they lead. \
+Folders that you can list: {paths.FOLDERS_SHOWN}, others that were put beside them (`/data`), and \
+those in them.
 
 - `recursive` lists what is below, too, and leaves out what is in {", ".join(NOISE)}.
 - Gives {_LIMIT} entries unless `limit` says otherwise, and says how to read on (`after`).
@@ -130,11 +131,18 @@ def _relative(folder: Path, entry: Entry) -> str:
 
 
 def _line(entry: Entry, name: str, *, is_left_out: bool) -> str:
-    if entry.type == "directory":
-        return f"{name}/ (its files are left out)" if is_left_out else f"{name}/"
+    name = text.in_line(name)
     if entry.type == "symlink":
-        return f"{name} (a broken link)"
-    return f"{name}  {text.size(entry.size_bytes)}"
+        return f"{name}{_target(entry)} (a broken link)"
+    if entry.type == "directory":
+        left_out = " (its files are left out)" if is_left_out else ""
+        return f"{name}/{_target(entry)}{left_out}"
+    return f"{name}{_target(entry)}  {text.size(entry.size_bytes)}"
+
+
+def _target(entry: Entry) -> str:
+    """Where a link leads."""
+    return "" if entry.link is None else f" -> {text.in_line(entry.link)}"
 
 
 def _more(lines: list[str], last: str) -> str:

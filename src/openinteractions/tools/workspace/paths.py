@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from openinteractions.errors import Invalid, NotFound, RequestError
+from openinteractions.sandbox import tops
 from openinteractions.sandbox.port import FOLDERS, MOUNTS, Entry
 from openinteractions.tools.port import Workplace
 
@@ -43,7 +44,7 @@ class Path:
 def in_sandbox(stored: str) -> str:
     """A path from the environment's root, as it is in the sandbox."""
     top, slash, rest = stored.partition("/")
-    return f"{MOUNTS[top]}{slash}{rest}" if top in MOUNTS else f"/{stored}"
+    return f"{tops.place(top)}{slash}{rest}"
 
 
 def parse(given: str) -> Path:
@@ -66,6 +67,9 @@ def parse(given: str) -> Path:
         above = target.strip("/").split("/")
         if parts[: len(above)] == above:
             return Path("/".join((folder, *parts[len(above) :])))
+    # One that a source made, as far as can be told from here.
+    if parts and tops.is_further(parts[0]):
+        return Path("/".join(parts))
     raise Invalid(
         f"'{given[:200]}' is not in one of the folders that this tool has: {FOLDERS_SHOWN}. "
         "For other places in the sandbox, such as /tmp, use code_execution."
@@ -101,14 +105,35 @@ async def found_file(place: Workplace, path: Path) -> Entry:
 async def _hint(place: Workplace, path: Path) -> str:
     """Where the model may have meant."""
     if path.stored.startswith(tuple(f"{_WORKSPACE}/{folder}/" for folder in FOLDERS)):
-        meant = path.stored.partition("/")[2]
-        return f" Relative paths begin at /workspace: did you mean {in_sandbox(meant)}?"
+        return _hint_of(path.stored.partition("/")[2])
     try:
         entries, _ = await place.list(path.folder.stored, limit=_LOOK_AMONG)
     except RequestError:
-        return f" The folder {path.folder.shown} does not exist either."
+        return await _hint_above(place, path)
     names = {Path(entry.path).name: entry for entry in entries}
     alike = difflib.get_close_matches(path.name, names, n=3, cutoff=_ALIKE)
     if not alike:
         return f" list_files shows what is in {path.folder.shown}."
     return f" Did you mean {' or '.join(in_sandbox(names[name].path) for name in alike)}?"
+
+
+async def _hint_above(place: Workplace, path: Path) -> str:
+    """The same where not even the folder exists."""
+    top, _, below = path.stored.partition("/")
+    if top == _WORKSPACE and await _has_further(place, below.partition("/")[0]):
+        return _hint_of(below)
+    if tops.is_further(top) and not await _has_further(place, top):
+        return f" The folders of this environment are {FOLDERS_SHOWN}."
+    return f" The folder {path.folder.shown} does not exist either."
+
+
+def _hint_of(meant: str) -> str:
+    return f" Relative paths begin at /workspace: did you mean {in_sandbox(meant)}?"
+
+
+async def _has_further(place: Workplace, name: str) -> bool:
+    """Whether a folder of this name lies beside the three."""
+    try:
+        return tops.is_further(name) and (await place.stat(name)).type == "directory"
+    except RequestError:
+        return False

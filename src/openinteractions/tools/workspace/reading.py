@@ -1,6 +1,7 @@
 """`read_file` and `view_image`."""
 
 import base64
+import codecs
 from typing import Any, Final
 
 from openinteractions.errors import Invalid
@@ -9,6 +10,7 @@ from openinteractions.sandbox.port import Entry
 from openinteractions.tools.port import Call, Workplace
 from openinteractions.tools.workspace import paths, text
 from openinteractions.tools.workspace.paths import Path
+from openinteractions.wire import pictures
 
 MAX_LINES: Final = 2000
 MAX_CHARACTERS: Final = 40_000
@@ -42,10 +44,10 @@ READ_FILE_PARAMETERS: Final[Json] = {
     "required": ["path"],
 }
 
-VIEW_IMAGE: Final = """\
-Shows you a picture: PNG, JPEG, WebP or GIF, up to 3.9 MB. Use it to look at plots, screenshots \
-and photos that lie in the workspace. Make larger ones smaller with code_execution first, and \
-convert other formats there."""
+VIEW_IMAGE: Final = f"""\
+Shows you a picture: PNG, JPEG, WebP or GIF, up to 3.9 MB and {pictures.MAX_SIDE} pixels a side. \
+Use it to look at plots, screenshots and photos that lie in the workspace. Make larger ones \
+smaller with code_execution first, and convert other formats there."""
 
 VIEW_IMAGE_PARAMETERS: Final[Json] = {
     "type": "object",
@@ -88,7 +90,7 @@ async def _scan(place: Workplace, path: Path, entry: Entry, lines: "_Lines") -> 
             return False
         data, size = await place.read(path.stored, offset=offset, max_bytes=_CHUNK_BYTES)
         if not offset and b"\0" in data[:_SNIFF_BYTES]:
-            raise Invalid(_binary(path, entry))
+            raise Invalid(_binary(path, entry, data))
         if not data:
             break
         lines.feed(data)
@@ -97,8 +99,12 @@ async def _scan(place: Workplace, path: Path, entry: Entry, lines: "_Lines") -> 
     return True
 
 
-def _binary(path: Path, entry: Entry) -> str:
+def _binary(path: Path, entry: Entry, data: bytes) -> str:
     kind = entry.mime_type or "application/octet-stream"
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return f"{path.shown} is UTF-16: make a copy with code_execution, `iconv -f UTF-16`."
+    if kind.startswith("text/"):
+        kind = "it has NUL characters"
     if kind.startswith("image/"):
         advice = "use view_image."
     elif kind == "application/pdf":
@@ -188,11 +194,12 @@ class _Lines:
         else:
             self.has_crlf |= line.endswith("\r")
             line = text.cut(line.removesuffix("\r"), MAX_LINE)
-        if len(line) > self._room and self.shown:
+        taken = len(text.numbered([line], self.total)) + 1
+        if taken > self._room and self.shown:
             self.is_full = True
             return
         self.has_other_bytes |= "\N{REPLACEMENT CHARACTER}" in line
-        self._room -= len(line) + 1
+        self._room -= taken
         self.shown.append(line)
         self.is_full = len(self.shown) >= self._limit
 
@@ -207,26 +214,19 @@ async def view_image(place: Workplace, call: Call) -> Any:  # noqa: ANN401 - con
             "the most: make it smaller with code_execution (Python, Pillow) and view the copy."
         )
     data, _ = await place.read(path.stored, max_bytes=MAX_IMAGE_BYTES)
-    kind = image_type(data)
+    kind = pictures.kind_of(data)
     if kind is None:
         raise Invalid(
             f"{path.shown} is no PNG, JPEG, WebP or GIF: convert it with code_execution, or use "
             "read_file if it is text (SVG is)."
         )
+    problem = pictures.problem(data)
+    if problem is not None:
+        raise Invalid(
+            f"{path.shown} cannot be shown: it {problem}. Look at it with code_execution (Python, "
+            "Pillow), and view a copy that is whole and small enough."
+        )
     return [
         {"type": "text", "text": f"{path.shown} ({kind}, {text.size(len(data))})"},
         {"type": "image", "mime_type": kind, "data": base64.b64encode(data).decode()},
     ]
-
-
-def image_type(data: bytes) -> str | None:
-    """The MIME type of a picture by how it begins; None for any other file."""
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "image/png"
-    if data.startswith(b"\xff\xd8\xff"):
-        return "image/jpeg"
-    if data.startswith((b"GIF87a", b"GIF89a")):
-        return "image/gif"
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "image/webp"
-    return None

@@ -26,6 +26,13 @@ def cut(line: str, most_characters: int) -> str:
     return f"{line[:most_characters]} [… line cut: {len(line)} characters]"
 
 
+def in_line(name: str) -> str:
+    """A name in one line: what would not be seen, or seem to be a line, is written as an escape."""
+    if name.isprintable():
+        return name
+    return "".join(c if c.isprintable() else c.encode("unicode-escape").decode() for c in name)
+
+
 def size(byte_count: int) -> str:
     """Such as `1.2 kB`; below a thousand exact."""
     if byte_count < _STEP:

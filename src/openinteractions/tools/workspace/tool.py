@@ -4,11 +4,12 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from openinteractions.errors import RequestError, Unready
+from openinteractions.errors import Invalid, RequestError, Unready
 from openinteractions.models.port import Json, ToolCall
 from openinteractions.sandbox.port import SandboxError
 from openinteractions.tools import function
 from openinteractions.tools.port import Call, Workplace
+from openinteractions.tools.workspace import paths
 
 Work: TypeAlias = Callable[[Workplace, Call], Awaitable[Any]]
 """Does a call; the result is a string or content blocks. What the model did wrong is an `Invalid`,
@@ -45,6 +46,14 @@ class FileTool:
     def failure(self, message: str) -> Json:
         """A `function_result` step that says what went wrong."""
         return function.result_step(self.name, message, is_error=True)
+
+    def meant(self, arguments: Json) -> Json:
+        """The arguments with the path as the sandbox has it; one that is refused stays as it is."""
+        try:
+            path = paths.parse(arguments.get("path") or ".")
+        except Invalid:
+            return arguments
+        return {**arguments, "path": path.shown}
 
     async def run(self, call: Call) -> Json:
         """Do it; a `function_result` step."""

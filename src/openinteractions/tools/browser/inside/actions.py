@@ -14,6 +14,8 @@ _EVENT_S = 1.5
 _WAIT_S, _LONGEST_WAIT_S = 10.0, 60.0
 _MAX_IMAGE_BYTES = 1_500_000
 _MAX_HEIGHT = 8000
+_MAX_SIDE = 2000
+"""Pixels of a picture: more is refused in a conversation that has many."""
 _QUALITIES = ((80, 1.0), (50, 1.0), (50, 0.5), (30, 0.25))
 _SCHEMES = ("http://", "https://", "file://", "about:blank")
 # Key, code, its number, and the text it types.
@@ -227,16 +229,19 @@ def screenshot(tab: Tab, asked: Json) -> dict[str, str]:
         "width": min(size["width"], 2000) if is_full else visible["clientWidth"],
         "height": min(size["height"], _MAX_HEIGHT) if is_full else visible["clientHeight"],
     }
+    fit = min(1.0, _MAX_SIDE / max(clip["width"], clip["height"], 1))
     for quality, scale in _QUALITIES:
         data: str = tab.call(
             "Page.captureScreenshot",
             format="jpeg",
             quality=quality,
-            clip={**clip, "scale": scale},
+            clip={**clip, "scale": scale * fit},
             captureBeyondViewport=is_full,
             timeout_s=20.0,
         )["data"]
         if len(data) * 3 / 4 <= _MAX_IMAGE_BYTES:
+            if fit < 1:
+                tab.note('The picture is made smaller. For details, "scroll" to them first.')
             return {"mime_type": "image/jpeg", "data": data}
     raise Failed("The picture is too large.")
 

@@ -3,11 +3,9 @@
 import contextlib
 import fcntl
 import json
-import socket
 import sys
 import time
 from http import HTTPStatus
-from urllib.parse import urlsplit
 
 from openinteractions.tools.browser.inside import chromium, view
 from openinteractions.tools.browser.inside.actions import ACTIONS, parse, screenshot
@@ -15,7 +13,6 @@ from openinteractions.tools.browser.inside.cdp import Json, Late, Lost, Refused
 from openinteractions.tools.browser.inside.tab import DOWNLOADS, Crashed, Failed, Hung, Known, Tab
 
 _LOCK_S = 60.0
-_MAX_REASON = 2000
 _ABSENT = (
     "This sandbox's image has no browser: its operator can set `sandbox.image` to the full image, "
     "which has one."
@@ -153,30 +150,8 @@ def _said(tab: Tab, text: str, *, seen: view.View | None = None, bad: bool = Fal
 
 
 def _why(url: str) -> str:
-    """Why a page could not be had: the proxy's own words, where it refused."""
-    parts = urlsplit(url)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    reason = _proxys_reason(parts.hostname or "", port) if parts.scheme == "https" else ""
-    if reason:
-        return f"{url} could not be opened: {reason}"
+    """Why a page could not be had; what the proxy refuses is a page, with its own words."""
     return (
         f"{url} could not be opened: nothing answers there, its name does not exist, or its "
         "certificate is not valid. Check the address."
     )
-
-
-def _proxys_reason(host: str, port: int) -> str:
-    way = chromium.proxy()
-    if way is None:
-        return ""
-    read = b""
-    try:
-        with socket.create_connection(way, timeout=5) as probe:
-            probe.sendall(f"CONNECT {host}:{port} HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n".encode())
-            while len(read) < _MAX_REASON and (part := probe.recv(_MAX_REASON)):
-                read += part
-                if read.startswith(b"HTTP/1.1 200"):
-                    return ""
-    except OSError:
-        return ""
-    return read.partition(b"\r\n\r\n")[2].decode(errors="replace").strip()
