@@ -2,8 +2,8 @@
 
     AppError                     stable code; the message is safe to show
       RequestError               the caller can fix it: an HTTP 4xx
-        Invalid 400 · Unauthenticated 401 · Forbidden 403 · NotFound 404 · WrongMethod 405
-        Conflict 409 · TooLarge 413 · TooMany 429
+        Invalid 400 · QuotaReached 400 · Unauthenticated 401 · Forbidden 403 · NotFound 404
+        WrongMethod 405 · Conflict 409 · TooLarge 413 · TooMany 429
       Unready                    503: this server cannot serve now, a retry may succeed
       EngineError                our side, while an interaction runs
         ModelError               the upstream model failed
@@ -44,6 +44,17 @@ class Invalid(RequestError):
     """400: a field is wrong, missing, unknown, or asks for what this server cannot do."""
 
     code = "invalid_request"
+
+
+class QuotaReached(RequestError):
+    """400: there are as many as there may be; something has to go first.
+
+    Not a 429, which SDKs send again and again: a quota does not get free by waiting a little, as a
+    rate does. A 400 ends at once, with its message.
+    """
+
+    code = "failed_precondition"
+    rpc = "FAILED_PRECONDITION"
 
 
 class Unauthenticated(RequestError):

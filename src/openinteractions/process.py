@@ -88,8 +88,7 @@ async def opened(settings: Settings, database: Database, *, role: str) -> AsyncG
         hub, tail = Hub(), Tail(database)
         writer = Writer(database, hub, interval=settings.worker.flush_interval)
         guard = Guard(settings.network.allow)
-        fetcher = Fetcher(guard, max_bytes=settings.limits.max_fetch_bytes)
-        stack.push_async_callback(fetcher.close)
+        fetchers = _Fetchers(guard, settings.limits.max_fetch_bytes, stack)
         session = await stack.enter_async_context(
             aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
@@ -113,9 +112,11 @@ async def opened(settings: Settings, database: Database, *, role: str) -> AsyncG
         seal = await asyncio.to_thread(sealer, key, old, settings.home())
         client = BrokerClient(seal.broker_token, tls=_tls(settings.sandbox))
         stack.push_async_callback(client.close)
-        environments = Environments(database, client, seal, fetcher, _rules(settings.sandbox))
+        environments = Environments(
+            database, client, seal, fetchers.opened(), _rules(settings.sandbox)
+        )
         agents = Agents(database, seal, environments)
-        vault = Vault(database, seal, fetcher)
+        vault = Vault(database, seal, fetchers.opened())
         stack.push_async_callback(vault.close)
         executor = Executor(
             House(
@@ -124,7 +125,7 @@ async def opened(settings: Settings, database: Database, *, role: str) -> AsyncG
                 writer=writer,
                 member=member,
                 catalog=catalog,
-                fetcher=fetcher,
+                fetcher=fetchers.opened(200),
                 cache=Cache(_HISTORY_CACHE_BYTES),
                 patience=Patience(settings.models.attempts, settings.models.max_retry_wait),
                 limits=Limits(
@@ -133,8 +134,8 @@ async def opened(settings: Settings, database: Database, *, role: str) -> AsyncG
                 ),
                 equipment=Equipment(
                     sandboxes=environments,
-                    web=_reaches(settings, guard, session, stack),
-                    mcp=_mcp(settings, guard, vault, stack),
+                    web=_reaches(settings, fetchers, session),
+                    mcp=_mcp(settings, fetchers, vault),
                 ),
                 sealer=seal,
                 agents=agents,
@@ -142,7 +143,7 @@ async def opened(settings: Settings, database: Database, *, role: str) -> AsyncG
                 vendor_runs_code=settings.sandbox.code_execution == "vendor",
             )
         )
-        deliverer = Deliverer(database, seal, fetcher)
+        deliverer = Deliverer(database, seal, fetchers.opened())
         if role != "api":
             await stack.enter_async_context(
                 _working(settings, database, member, executor, deliverer, environments)
@@ -209,13 +210,28 @@ def _agent_models(settings: Settings) -> list[str]:
     return [model for model in wanted if model is not None] + ["local/default"]
 
 
+@dataclass(frozen=True, slots=True)
+class _Fetchers:
+    """Makes the ways out: each kind of work has one of its own, so that none holds up another."""
+
+    guard: Guard
+    max_bytes: int
+    stack: AsyncExitStack
+    """Closes them."""
+
+    def opened(self, connections: int = 100) -> Fetcher:
+        """A way with so many connections at once."""
+        made = Fetcher(self.guard, max_bytes=self.max_bytes, connections=connections)
+        self.stack.push_async_callback(made.close)
+        return made
+
+
 def _mcp(
-    settings: Settings, guard: Guard, vault: Vault, stack: AsyncExitStack
+    settings: Settings, fetchers: _Fetchers, vault: Vault
 ) -> Callable[[], Awaitable["McpServers"]]:
     """The way to MCP servers, for whoever needs it first: its library is large."""
-    # Calls of tools take their time: they are not to hold up everybody's fetches.
-    slow = Fetcher(guard, max_bytes=settings.limits.max_fetch_bytes, connections=1000)
-    stack.push_async_callback(slow.close)
+    # Calls of tools take their time.
+    slow = fetchers.opened(1000)
     ceiling = settings.sandbox.ceiling
     made: list[McpServers] = []
 
@@ -229,16 +245,11 @@ def _mcp(
     return opened
 
 
-def _reaches(
-    settings: Settings, guard: Guard, session: aiohttp.ClientSession, stack: AsyncExitStack
-) -> Reaches:
-    # Pages of slow sites, likewise.
-    pages = Fetcher(guard, max_bytes=settings.limits.max_fetch_bytes, connections=500)
-    stack.push_async_callback(pages.close)
+def _reaches(settings: Settings, fetchers: _Fetchers, session: aiohttp.ClientSession) -> Reaches:
     chosen = _search(settings.search)
     rules = settings.sandbox
     return Reaches(
-        pages,
+        fetchers.opened(500),
         None if chosen is None else SearchBackend(chosen, session),
         default=Reach(rules.network.mode, rules.network.domains),
         ceiling=Reach(rules.ceiling.mode, rules.ceiling.domains),
@@ -270,6 +281,7 @@ def _rules(settings: SandboxSettings) -> Rules:
         skills_dir=settings.skills_dir,
         gcs_url=settings.gcs_url,
         max_environments=settings.max_environments,
+        is_off=settings.enabled == "off",
     )
 
 

@@ -299,7 +299,7 @@ class SandboxSettings(_Group):
     ttl: Duration = timedelta(days=7)
     """An environment is deleted after so long without use."""
     max_environments: int = Field(default=1000, ge=1)
-    """Environments of one project; those that expired or were deleted do not count."""
+    """Environments of one project; those expired, deleted or never used do not count."""
     log_retention: Duration = timedelta(days=7)
     """How long egress decisions and executions are kept."""
     network: NetworkPolicy = Field(default_factory=NetworkPolicy)

@@ -44,20 +44,20 @@ bootstrap_api_key = "{key}"
 kind = "openai"
 base_url = "{acme}"
 api_key = "{acme_key}"
-idle_timeout = "1s"
+idle_timeout = "3s"
 connect_timeout = "5s"
 
 [providers.goog]
 kind = "gemini"
 base_url = "{goog}"
 api_key = "{goog_key}"
-idle_timeout = "1s"
+idle_timeout = "3s"
 
 [providers.anth]
 kind = "anthropic"
 base_url = "{anth}"
 api_key = "{anth_key}"
-idle_timeout = "1s"
+idle_timeout = "3s"
 
 [models]
 attempts = 2

@@ -180,6 +180,26 @@ def test_a_turn_of_the_model(parts: Fleet, client: Client, fakes: Fakes, pieces:
     assert watched.file("workspace/log") == b"once\n"
 
 
+def test_what_was_left_out_is_told_once_whoever_ends_the_run(
+    parts: Fleet, client: Client, fakes: Fakes
+) -> None:
+    """Each owner reads the environment's files anew."""
+    fakes.acme.replies += [
+        turn(TextDelta("Half"), Finished("stop", USAGE), delay_s=30, stall_after=1),
+        answer("Done."),
+    ]
+    source = {"type": "inline", "target": ".agents/hooks.json", "content": "{"}
+    watched = Watched(client, environment={"type": "remote", "sources": [source]}, tools=[])
+    until(lambda: fakes.acme.requests)
+    (warning,) = client.interactions.get(watched.id).warnings
+    parts.kill_owner(watched.id)
+    watched.ended(parts, "Done.")
+    assert len(fakes.acme.requests) == 2
+    assert warning["field"] == "environment.hooks"
+    assert client.interactions.get(watched.id).warnings == [warning]
+    assert watched.events[-1].interaction.warnings == [warning]
+
+
 def test_a_stream_is_taken_up_where_it_broke_off(
     parts: Fleet, client: Client, fakes: Fakes
 ) -> None:

@@ -2,14 +2,19 @@
 
 import base64
 import json
+import re
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import pytest
 from google.genai import Client
 
+from openinteractions import ids
 from openinteractions.models.port import Finished, TextDelta, ToolCall
+from openinteractions.resources.files.media import KEEP_INLINE_BYTES
+from tests.e2e import wire
+from tests.e2e.reading import generated, plain, read
 from tests.e2e.sandboxed import serving_sandboxes
 from tests.e2e.server import USAGE, Fakes, Server, answer, sdk, turn
 from tests.fakes.upstream import Reply
@@ -18,6 +23,12 @@ from tests.sandbox.engine import DockerEngine
 MODELS = {"acme": "acme/m", "goog": "goog/m", "anth": "anth/m"}
 CODE = [{"type": "code_execution"}]
 PNG = b"\x89PNG"
+NOISE = """
+import random, matplotlib.pyplot as plt
+plt.imshow([[random.random() for _ in range(100)] for _ in range(100)])
+print("drawn")
+"""
+EVENT_ID = re.compile(rb'"event_id":"[^"]*"')
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*usage is experimental:UserWarning")
 
@@ -119,6 +130,59 @@ def test_a_stream_shows_the_steps_as_they_come(client: Client, fakes: Fakes) -> 
         "model_output",
     ]
     assert events[-1].event_type == "interaction.completed"
+
+
+def test_a_stream_has_the_figures_too(client: Client, fakes: Fakes, sandboxes: Server) -> None:
+    fakes.acme.replies += [calls(runs(NOISE)), answer("A figure.")]
+    body = {"model": "acme/m", "input": "draw", "tools": CODE, "stream": True}
+    live = frames(wire.create(sandboxes, body))
+    public_id = json.loads(live[0])["interaction"]["id"]
+    start, delta, _ = (json.loads(frame) for frame in of_step(1, live))
+    shown = client.interactions.get(public_id)
+    result = plain(shown.steps[2])
+    assert start["step"] == {
+        "type": "code_execution_result",
+        "result": "",
+        "call_id": result["call_id"],
+    }
+    assert delta["delta"] == {
+        "type": "code_execution_result",
+        "result": "drawn\n",
+        "is_error": False,
+        "content": result["result"],
+    }
+    text, image = result["result"]
+    assert text == {"type": "text", "text": "drawn\n"}
+    assert base64.b64decode(image["data"]).startswith(PNG)
+    assert len(image["data"]) > KEEP_INLINE_BYTES
+
+    events = list(client.interactions.get(public_id, stream=True))
+    assert read(events) == generated(shown)
+    kinds_of_deltas = [type(e.delta).__name__ for e in events if e.event_type == "step.delta"]
+    assert kinds_of_deltas[:2] == ["CodeExecutionCallDelta", "CodeExecutionResultDelta"]
+
+    path = f"{wire.V}/interactions/{public_id}?stream=true"
+    assert frames(wire.call(sandboxes, "GET", path)) == live
+    # What comes from the steps has other cursors, and nothing else.
+    key = ids.parse_interaction_id(public_id)
+    sandboxes.fetch("delete from events where interaction_id = $1", key)
+    sandboxes.fetch("update interactions set logged = false where id = $1", key)
+    again = frames(wire.call(sandboxes, "GET", path))
+    assert again[0] != live[0]
+    for index in (0, 1):
+        steps = [[EVENT_ID.sub(b"", one) for one in of_step(index, way)] for way in (live, again)]
+        assert steps[0] == steps[1]
+
+
+def frames(got: wire.Answer) -> list[bytes]:
+    """The JSON of each event of a stream."""
+    assert got.status == 200, got.body
+    lines = (line for line in got.body.splitlines() if line.startswith(b"data: {"))
+    return [line.removeprefix(b"data: ") for line in lines]
+
+
+def of_step(index: int, stream: Sequence[bytes]) -> list[bytes]:
+    return [frame for frame in stream if json.loads(frame).get("index") == index]
 
 
 def test_in_the_background_and_cancelled(client: Client, fakes: Fakes, sandboxes: Server) -> None:

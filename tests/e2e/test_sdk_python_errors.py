@@ -42,7 +42,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "unstored background": ({"background": True, "store": False}, "background"),
     "agent": ({"model": None, "agent": "deep-research-preview-04-2026"}, "agent"),
     "model and agent": ({"extra_body": {"agent": "x"}}, "agent"),
-    "environment": ({"environment": "remote", "store": False}, "environment"),
+    "environment": ({"extra_body": {"environment": {"type": "teleport"}}}, "environment"),
     "webhook": ({"webhook_config": {"uris": ["https://a.example"]}}, "webhook_config"),
     "continuation": ({"extra_body": {"continuation_token": "x"}}, "continuation_token"),
     "tool": ({"extra_body": {"tools": [{"type": "teleport"}]}}, "tools[0]"),

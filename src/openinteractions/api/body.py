@@ -47,6 +47,8 @@ class Pieces(AsyncIterable[bytes]):
     def __init__(self, source: AsyncIterator[bytes]) -> None:
         self._source = source
         self._fault: AppError | None = None
+        self.over = asyncio.Event()
+        """All of it has come."""
 
     async def __aiter__(self) -> AsyncGenerator[bytes]:
         try:
@@ -55,6 +57,7 @@ class Pieces(AsyncIterable[bytes]):
         except AppError as error:
             self._fault = error
             raise
+        self.over.set()
 
     async def sent(self, call: Awaitable[T]) -> T:
         """What the call that reads this stream gives; if the stream failed, that is the error."""

@@ -24,5 +24,15 @@ class _Agent(_Environment):
     regex = "(?:agents/)?[^/]+"
 
 
+class _Path(_Environment):
+    """A path to its very end: Starlette's own one stops before a line feed, which names may have.
+
+    The one of mounts too, so it takes the name `path`.
+    """
+
+    regex = "(?s:.*)"
+
+
+register_url_convertor("path", _Path())
 register_url_convertor("environment", _Environment())
 register_url_convertor("agent", _Agent())
